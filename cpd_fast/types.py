@@ -1,0 +1,423 @@
+"""Frozen data that crosses rooms: graph, scores, plan, cost.
+
+Words (docs/design.md): a *channel* is the smallest set of tensor indices that go together; a *coupled group* is a
+set of interchangeable channels, i.e. channels that own slices of the same tensors; a *plan* lists the kept channels
+of each group. Inside a :class:`ChannelGraph` every channel has one global id, ``group.offset + index``, and every
+tensor that depends on channels is described by *channel maps*: integer arrays that broadcast to the tensor's shape
+and hold the global id of the channel an element belongs to, ``-1`` where it belongs to none. An element survives a
+plan when every one of its maps says so. Masks, compaction, scores and costs all read these maps and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpd_fast.errors import FileFormatError, PlanError, ScoreError
+
+PLAN_FORMAT = "cpd_fast.plan"
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class ParamSlice:
+    """The part of one tensor that each channel of a group owns.
+
+    Attributes:
+        param: Qualified name of a parameter or buffer (tied tensors appear once, under their first name).
+        dims: Dims of the tensor that ``index`` runs over; one dim for all but grouped convolutions, whose input
+            channels own (row, column) pairs: there ``dims == (0, 1)``.
+        index: Positions in the row-major flattening of ``dims``, int64, shape ``(n_channels, k)``.
+        produces: True where the tensor produces the channel (rows out: weights' output dim, bias, norm scale and
+            shift), False where it consumes it (columns in).
+    """
+
+    param: str
+    dims: tuple[int, ...]
+    index: np.ndarray
+    produces: bool
+
+    @property
+    def dim(self) -> int:
+        """The only dim, for slices that have one; the last (the column) dim otherwise."""
+        return self.dims[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class CoupledGroup:
+    """Interchangeable channels: each owns equally many indices of the same tensors.
+
+    Attributes:
+        name: Unique; the root's name, with ``#2``, ``#3`` where one layer roots several groups.
+        root: Qualified name of the module (or parameter) that first produces the channels.
+        n_channels: How many channels.
+        offset: Global id of channel 0.
+        slices: What each channel owns, one entry a tensor and dim.
+        balance: ``None``, or block number of every channel, int64 ``(n_channels,)``: all blocks must keep equally
+            many channels (conv groups, heads, GroupNorm groups). Blocks have equal sizes.
+        tie: ``None``, or a key shared by groups whose blocks must all keep the same number (the q/k dims and the v
+            dims of one attention).
+        prunable: Whether channels may be removed at all.
+        reason: Why not, when ``prunable`` is False.
+    """
+
+    name: str
+    root: str
+    n_channels: int
+    offset: int
+    slices: tuple[ParamSlice, ...]
+    balance: np.ndarray | None = None
+    tie: str | None = None
+    prunable: bool = True
+    reason: str | None = None
+
+    @property
+    def blocks(self) -> tuple[np.ndarray, ...]:
+        """The channels of every balance block; one block with all channels where there is no balance."""
+        if self.balance is None:
+            return (np.arange(self.n_channels),)
+        return tuple(np.flatnonzero(self.balance == b) for b in range(int(self.balance.max()) + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class TensorMap:
+    """How one parameter or buffer depends on channels: see the module's text on channel maps."""
+
+    name: str
+    shape: tuple[int, ...]
+    maps: tuple[np.ndarray, ...]
+    is_parameter: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class CostTerm:
+    """``coefficient * (number of surviving positions of the joint box of maps)`` MACs or bytes."""
+
+    kind: str  # "macs" or "activation_bytes"
+    module: str
+    coefficient: int
+    maps: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class NormSite:
+    """A call whose result depends on how many channels there are (layer_norm, group_norm ...).
+
+    ``call`` counts the calls of this ``op`` inside one forward of ``module``; ``channels`` is the channel map of the
+    axis that is reduced, in the op's own layout (``normalized_shape`` for layer_norm, ``(C,)`` for group_norm).
+    """
+
+    module: str
+    op: str
+    call: int
+    channels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleSite:
+    """An attention whose scale is 1/sqrt(head_dim): removing head dims must not change it.
+
+    Attributes:
+        module: Module whose forward calls attention.
+        channels: Channel map of q's last dim by head, shape ``(heads, head_dim)``.
+        identity: Qualified name of an ``nn.Identity`` that q passes through (it becomes the scale), or None.
+        rows: ``(tensor name, rows)`` whose scaling scales q, where there is no identity.
+    """
+
+    module: str
+    channels: np.ndarray
+    identity: str | None
+    rows: tuple[tuple[str, np.ndarray], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGraph:
+    """The coupled channel groups of one model; what :func:`cpd_fast.comb` returns.
+
+    Plain data without live modules: it can be kept while the model trains, and used for any model of the same
+    structure (``fingerprint``).
+    """
+
+    groups: tuple[CoupledGroup, ...]
+    tensors: Mapping[str, TensorMap]
+    terms: tuple[CostTerm, ...]
+    norm_sites: tuple[NormSite, ...]
+    scale_sites: tuple[ScaleSite, ...]
+    aliases: Mapping[str, str]  # every name of a tied tensor -> the first one
+    fingerprint: str
+    input_shapes: tuple[tuple[int, ...], ...]
+    untouched: int  # parameters that no channel map describes
+    _by_name: dict[str, CoupledGroup] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self._by_name.update({g.name: g for g in self.groups})
+
+    @property
+    def n_channels(self) -> int:
+        """Channels of all groups together: global ids run from 0 to here."""
+        return sum(g.n_channels for g in self.groups)
+
+    @property
+    def prunable_groups(self) -> tuple[CoupledGroup, ...]:
+        """The groups a plan may shrink."""
+        return tuple(g for g in self.groups if g.prunable)
+
+    def __getitem__(self, name: str) -> CoupledGroup:
+        try:
+            return self._by_name[name]
+        except KeyError:
+            import difflib
+
+            near = difflib.get_close_matches(name, self._by_name, n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise PlanError(f"no coupled group is named {name!r}{hint} (print(graph) lists them)") from None
+
+    def alive(self, plan: PrunePlan | None) -> np.ndarray:
+        """Which channels a plan keeps: bool, ``(n_channels + 1,)``; the last entry answers for id -1 and is True."""
+        alive = np.ones(self.n_channels + 1, bool)
+        for name, kept in (plan or {}).items():
+            group = self._by_name[name]
+            alive[group.offset : group.offset + group.n_channels] = False
+            alive[group.offset + np.asarray(kept, np.int64)] = True
+        return alive
+
+    def explain(self, param: str) -> str:
+        """Say, for one parameter or buffer, which groups its dims run over and why something is frozen."""
+        name = self.aliases.get(param, param)
+        lines = []
+        for g in self.groups:
+            for s in g.slices:
+                if s.param == name:
+                    role = "produces" if s.produces else "consumes"
+                    state = "prunable" if g.prunable else f"frozen: {g.reason}"
+                    dims = ",".join(map(str, s.dims))
+                    lines.append(f"dim {dims}: {role} {g.n_channels} channels of {g.name} ({state})")
+        if not lines:
+            known = name in self.tensors
+            why = "no channel runs through it" if known else "the model has no such parameter or buffer"
+            return f"{param}: {why}"
+        return "\n".join([f"{param}:", *("  " + line for line in lines)])
+
+    def __str__(self) -> str:
+        rows = [("group", "channels", "blocks", "tensors", "state")]
+        for g in self.groups:
+            blocks = "" if g.balance is None else f"{len(g.blocks)} x {g.n_channels // len(g.blocks)}"
+            rows.append(
+                (g.name, str(g.n_channels), blocks, str(len(g.slices)), "" if g.prunable else f"frozen: {g.reason}")
+            )
+        widths = [max(len(r[i]) for r in rows) for i in range(4)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r[:4], widths, strict=True)), r[4]]) for r in rows)
+
+
+class Scores(Mapping[str, Tensor]):
+    """Importance of every channel by group name: fp32 ``(n_channels,)`` on the CPU, larger = keep.
+
+    ``stderr`` holds a standard error of the same shape for criteria that estimate one.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        *,
+        criterion: str,
+        fingerprint: str,
+        stderr: Mapping[str, Tensor] | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name, v in values.items():
+            bad = ~torch.isfinite(v)
+            if bad.any():
+                where = bad.nonzero()[:3].flatten().tolist()
+                raise ScoreError(
+                    f"{criterion}: {int(bad.sum())} of {v.numel()} scores of group {name} are not finite "
+                    f"(channels {where} ...); check the loss and the batches for NaN"
+                )
+        self._values = {k: v.detach().to("cpu", torch.float32) for k, v in values.items()}
+        self.criterion = criterion
+        self.fingerprint = fingerprint
+        self.stderr = dict(stderr or {})
+        self.info = dict(info or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Scores({self.criterion}, {len(self)} groups, {sum(v.numel() for v in self._values.values())} channels)"
+
+
+class PrunePlan(Mapping[str, tuple[int, ...]]):
+    """The kept channels of each group: group name -> sorted indices. A group that is absent keeps everything.
+
+    Pure data: comparable, hashable, saved as JSON, replayed on a fresh model of the same structure.
+    """
+
+    def __init__(self, kept: Mapping[str, Any], fingerprint: str) -> None:
+        clean: dict[str, tuple[int, ...]] = {}
+        for name, indices in kept.items():
+            try:
+                idx = [int(i) for i in indices]
+            except (TypeError, ValueError) as e:
+                raise PlanError(f"plan: group {name!r}: expected a list of channel indices, got {indices!r}") from e
+            if idx != sorted(set(idx)) or (idx and idx[0] < 0):
+                raise PlanError(f"plan: group {name!r}: kept channels must be sorted, unique and >= 0")
+            clean[str(name)] = tuple(idx)
+        self._kept = clean
+        self.fingerprint = str(fingerprint)
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PrunePlan) and (self._kept, self.fingerprint) == (other._kept, other.fingerprint)
+
+    def __hash__(self) -> int:
+        return hash((self.fingerprint, tuple(sorted(self._kept.items()))))
+
+    def __repr__(self) -> str:
+        return f"PrunePlan({len(self)} groups, {sum(map(len, self._kept.values()))} channels kept)"
+
+    def check(self, graph: ChannelGraph) -> None:
+        """Raise :class:`PlanError` unless this plan can be applied to ``graph``."""
+        if self.fingerprint != graph.fingerprint:
+            raise PlanError(
+                f"plan of another model: plan has fingerprint {self.fingerprint}, model has {graph.fingerprint}; "
+                "make the plan from this model's graph"
+            )
+        tied: dict[str, tuple[str, int]] = {}
+        for name, kept in self.items():
+            group = graph[name]
+            if not kept:
+                raise PlanError(f"{name}: the plan keeps no channel; keep at least one of {group.n_channels}")
+            if kept[-1] >= group.n_channels:
+                raise PlanError(f"{name}: channel {kept[-1]} is out of range, the group has {group.n_channels}")
+            if len(kept) < group.n_channels and not group.prunable:
+                raise PlanError(f"{name}: {group.n_channels - len(kept)} channels removed but frozen: {group.reason}")
+        for group in graph.groups:
+            if group.balance is None and group.tie is None:
+                continue
+            kept = self.get(group.name, tuple(range(group.n_channels)))
+            balance = np.zeros(group.n_channels, np.int64) if group.balance is None else group.balance
+            counts = np.bincount(balance[list(kept)], minlength=int(balance.max()) + 1)
+            if counts.min() != counts.max():
+                raise PlanError(
+                    f"{group.name}: its {len(counts)} blocks (conv groups, heads) must keep equally many channels, "
+                    f"got {counts.tolist()[:16]}; remove the same number from each"
+                )
+            if group.tie is not None:
+                other, count = tied.setdefault(group.tie, (group.name, int(counts[0])))
+                if count != counts[0]:
+                    raise PlanError(
+                        f"{group.name}: must keep as many channels a block as {other}, got {counts[0]} and {count}"
+                    )
+
+    def to_json(self) -> str:
+        """The plan as a JSON document."""
+        return json.dumps(
+            {"format": PLAN_FORMAT, "version": PLAN_VERSION, "fingerprint": self.fingerprint, "kept": self._kept},
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> PrunePlan:
+        """Parse what :meth:`to_json` wrote; raises :class:`FileFormatError` on anything else."""
+        try:
+            doc = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise FileFormatError(f"{where}: not a JSON document ({e})") from e
+        if not isinstance(doc, dict) or doc.get("format") != PLAN_FORMAT:
+            raise FileFormatError(f"{where}: not a cpd_fast plan (no format {PLAN_FORMAT!r})")
+        if doc.get("version") != PLAN_VERSION:
+            raise FileFormatError(
+                f"{where}: plan version {doc.get('version')!r}, this cpd_fast reads {PLAN_VERSION}; upgrade cpd_fast"
+            )
+        kept = doc.get("kept")
+        if not isinstance(kept, dict) or not all(isinstance(v, list) for v in kept.values()):
+            raise FileFormatError(f"{where}: 'kept' must map group names to lists of channels")
+        try:
+            return cls(kept, str(doc.get("fingerprint")))
+        except PlanError as e:
+            raise FileFormatError(f"{where}: {e}") from e
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, atomically."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        part.write_text(self.to_json())
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PrunePlan:
+        """Read a plan; raises :class:`FileFormatError` when the file is not one."""
+        try:
+            text = Path(path).read_text()
+        except UnicodeDecodeError as e:
+            raise FileFormatError(f"{path}: not a JSON document ({e})") from e
+        return cls.from_json(text, str(path))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What may REMAIN after pruning: a fraction in (0, 1] of the dense model, or an absolute number above 1.
+
+    Attributes:
+        params: Parameters.
+        macs: Multiply-accumulates of one forward at the example input.
+        memory: Activation bytes of one forward at the example input.
+        latency_ms: Milliseconds of one forward (needs a latency table).
+    """
+
+    params: float | None = None
+    macs: float | None = None
+    memory: float | None = None
+    latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        given = self.given
+        if not given:
+            raise PlanError("Target: give at least one of params, macs, memory, latency_ms; e.g. Target(macs=0.5)")
+        for name, value in given.items():
+            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise PlanError(
+                    f"Target({name}={value!r}): expected a fraction in (0, 1] that remains, or an absolute number above 1"
+                )
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The limits that were set."""
+        names = ("params", "macs", "memory", "latency_ms")
+        return {n: v for n in names if (v := getattr(self, n)) is not None}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward of a model costs at a stated input.
+
+    Attributes:
+        params: Number of parameters (tied ones once).
+        macs: Multiply-accumulates of convolutions, linears and matmuls, whole batch of the example input.
+        activation_bytes: Bytes of the results of all computing (non-view) ops.
+    """
+
+    params: int
+    macs: int
+    activation_bytes: int
