@@ -1,0 +1,36 @@
+# Everything needs only python3, a C++ compiler and pip. `make demo` runs the main job, `make test` the checks.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint zoo bench clean
+
+demo: .venv/demo.ok
+	OMP_NUM_THREADS=2 $(BIN)/cpd-fast compress --demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: .venv/test.ok
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu)$$')
+
+zoo: .venv/test.ok
+	$(BIN)/pytest tests/zoo -m "slow or not slow"
+
+bench: .venv/test.ok
+	$(BIN)/pytest bench --benchmark-enable --benchmark-only
+
+# One stamp a set of extras. The library is rebuilt when what it is made of changes.
+NATIVE := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml constraints.txt
+.venv/demo.ok: EXTRAS = train,export
+.venv/test.ok: EXTRAS = test
+.venv/%.ok: $(NATIVE)
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

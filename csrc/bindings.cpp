@@ -1,0 +1,64 @@
+// cpd_fast._native: raw pointers, sizes and a stream number in; cpd_fast/ops/_dispatch.py is the only caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "channel_kl.h"
+#include "dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+const void* in(uintptr_t p) {
+  return reinterpret_cast<const void*>(p);
+}
+void* out(uintptr_t p) {
+  return reinterpret_cast<void*>(p);
+}
+
+// What Python has checked already; here only what would read wild memory.
+void check(const char* op, int dtype, int64_t outer, int64_t reduce, int64_t inner, int threads) {
+  const auto fail = [&](const std::string& what) { throw std::invalid_argument(std::string(op) + ": " + what); };
+  if (dtype < 0 || dtype > 3) fail("dtype must be 0 to 3, got " + std::to_string(dtype));
+  if (outer < 0 || reduce < 1 || inner < 1) fail("outer must be >= 0, reduce and inner >= 1");
+  if (threads < 1) fail("num_threads must be >= 1, got " + std::to_string(threads));
+}
+
+void channel_kl(int dtype, uintptr_t student, uintptr_t teacher, uintptr_t grad, uintptr_t loss, uintptr_t dstudent,
+                int64_t outer, int64_t reduce, int64_t inner, double inv_temperature, double loss_scale,
+                double grad_scale, int num_threads) {
+  check("channel_kl", dtype, outer, reduce, inner, num_threads);
+  if (outer == 0) return;
+  if (!student || !teacher) throw std::invalid_argument("channel_kl: student and teacher must not be null");
+  cpd::channel_kl({cpd::Dtype(dtype), in(student), in(teacher), in(grad), out(loss), out(dstudent), outer, reduce,
+                   inner, inv_temperature, loss_scale, grad_scale, num_threads});
+}
+
+void scale_rows(int dtype, uintptr_t grad, uintptr_t dstudent, int64_t outer, int64_t reduce, int64_t inner,
+                int num_threads) {
+  check("scale_rows", dtype, outer, reduce, inner, num_threads);
+  if (dtype > 1) throw std::invalid_argument("scale_rows: fp32 or fp64 only");
+  if (outer == 0) return;
+  if (!grad || !dstudent) throw std::invalid_argument("scale_rows: grad and dstudent must not be null");
+  cpd::scale_rows({cpd::Dtype(dtype), in(grad), out(dstudent), outer, reduce, inner, num_threads});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Compiled kernels of cpd_fast on raw pointers.";
+#ifdef CPD_WITH_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  m.def("supported_isas", &cpd::supported_isas);
+  m.def("current_isa", &cpd::current_isa);
+  m.def("set_isa", &cpd::set_isa, py::arg("name"));
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("channel_kl", &channel_kl, no_gil);
+  m.def("scale_rows", &scale_rows, no_gil);
+}

@@ -1,0 +1,37 @@
+// KL between two softmaxes along one dim, with its gradient: the body of channel_kl and class_kl.
+#pragma once
+#include <cstdint>
+
+namespace cpd {
+
+enum class Dtype : int { kF32 = 0, kF64 = 1, kF16 = 2, kBF16 = 3 };
+
+// Tensors are (outer, reduce, inner), inner contiguous, reduce strided by inner: inner == 1 is a contiguous row.
+// Statistics, loss and grad are (outer, inner), fp64 for fp64 tensors and fp32 for all others.
+struct ChannelKl {
+  Dtype dtype;
+  const void* student;
+  const void* teacher;
+  const void* grad;  // null: all ones
+  void* loss;        // null: not wanted; loss_scale * KL otherwise
+  void* dstudent;    // null: not wanted; grad * grad_scale * (softmax(student) - softmax(teacher)) otherwise
+  int64_t outer, reduce, inner;
+  double inv_temperature;
+  double loss_scale;
+  double grad_scale;
+  int num_threads;
+};
+
+// dstudent[o, :, i] *= grad[o, i], in place; places where grad is 1 are not touched.
+struct ScaleRows {
+  Dtype dtype;
+  const void* grad;
+  void* dstudent;
+  int64_t outer, reduce, inner;
+  int num_threads;
+};
+
+void channel_kl(const ChannelKl& args);
+void scale_rows(const ScaleRows& args);
+
+}  // namespace cpd

@@ -1,0 +1,409 @@
+// KL(softmax(teacher / T) || softmax(student / T)) along one dim, and its gradient, in one pass over memory.
+//
+//   loss = loss_scale * (A / Zt + log(Zs / Zt)),  A = sum_j et_j (y_j - x_j),  x = (s - max s) / T,  y = (t - max t) /
+//   T ds_j = grad * grad_scale * (es_j / Zs - et_j / Zt),  es = exp(x), Zs = sum es, likewise t
+//
+// Maxima run: they are raised chunk by chunk, so that a chunk is read from memory once and its second use hits L1.
+// Sums are fp32 inside a chunk and fp64 across chunks. Meanings: teacher -inf adds 0; student -inf where the teacher is
+// not gives an infinite loss and a finite gradient; a row all of -inf, in either tensor, gives 0 and no gradient; NaN
+// or +inf give NaN.
+#include "channel_kl.h"
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/simd.h"
+
+namespace cpd {
+namespace CPD_ISA {
+namespace {
+
+template <class T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+constexpr int64_t kChunk = 1024;            // s, t, es, et of a chunk: 16 KiB, half of the smallest L1
+constexpr int64_t kTileFloats = 64 * 1024;  // lanes: elements of one tensor in a tile; four such tiles fill 1 MiB of L2
+constexpr int64_t kMaxLanes = 1024, kMinLanes = 64;
+
+template <class A>
+constexpr A kNegInf = -std::numeric_limits<A>::infinity();
+
+template <class A>
+inline A finite_base(A max) {
+  return max == kNegInf<A> ? A(0) : max;
+}
+
+// The running sums of one row; ms, mt are the maxima they are relative to.
+template <class A>
+struct Sums {
+  A ms = kNegInf<A>, mt = kNegInf<A>;
+  double zs = 0, zt = 0, a = 0;
+
+  void raise(A new_ms, A new_mt, double c) {
+    if (new_ms > ms) {
+      if (ms != kNegInf<A>) {
+        const double shift = (double(new_ms) - double(ms)) * c;
+        zs *= std::exp(-shift);
+        a += zt * shift;
+      }
+      ms = new_ms;
+    }
+    if (new_mt > mt) {
+      if (mt != kNegInf<A>) {
+        const double shift = (double(new_mt) - double(mt)) * c, f = std::exp(-shift);
+        a = f == 0 ? 0 : f * (a - zt * shift);
+        zt *= f;
+      }
+      mt = new_mt;
+    }
+  }
+  bool is_empty() const { return (ms == kNegInf<A> || mt == kNegInf<A>) && zs == zs && zt == zt; }
+  double kl() const { return is_empty() ? 0.0 : a / zt + std::log(zs / zt); }
+};
+
+template <class A>
+inline void raise_max(const A* s, const A* t, int64_t n, A* ms_out, A* mt_out) {
+  A ms = *ms_out, mt = *mt_out;
+#pragma omp simd reduction(max : ms, mt)
+  for (int64_t i = 0; i < n; ++i) {
+    ms = s[i] > ms ? s[i] : ms;
+    mt = t[i] > mt ? t[i] : mt;
+  }
+  *ms_out = ms;
+  *mt_out = mt;
+}
+
+template <bool kKeep, class A>
+inline void add_chunk(const A* s, const A* t, int64_t n, A c, Sums<A>* sums, A* es, A* et) {
+  const A bs = finite_base(sums->ms), bt = finite_base(sums->mt);
+  A zs = 0, zt = 0, a = 0;
+#pragma omp simd reduction(+ : zs, zt, a)
+  for (int64_t i = 0; i < n; ++i) {
+    const A x = (s[i] - bs) * c, y = (t[i] - bt) * c;
+    const A ex = exp_neg(x), ey = exp_neg(y);
+    if (kKeep) {
+      es[i] = ex;
+      et[i] = ey;
+    }
+    zs += ex;
+    zt += ey;
+    const A term = ey * (y - x);
+    a += ey != A(0) ? term : A(0);
+  }
+  sums->zs += zs;
+  sums->zt += zt;
+  sums->a += a;
+}
+
+template <class A>
+struct Scratch {
+  std::vector<A> s, t, es, et, bases;
+};
+
+// Exponentials wait for the row's sums in the output itself where its type allows, so that only et needs scratch.
+template <class T, class A>
+A* exps_of_student(T* out, std::vector<A>* scratch, int64_t n) {
+  if constexpr (std::is_same_v<T, A>) {
+    return out;
+  } else {
+    if (int64_t(scratch->size()) < n) scratch->resize(n);
+    return scratch->data();
+  }
+}
+
+template <class T>
+void row(const T* s, const T* t, int64_t n, const ChannelKl& args, double grad, compute_t<T>* loss, T* ds,
+         Scratch<compute_t<T>>* scratch) {
+  using A = compute_t<T>;
+  const A c = A(args.inv_temperature);
+  const int64_t chunks = (n + kChunk - 1) / kChunk;
+  Sums<A> sums;
+  A* es = nullptr;
+  A* et = nullptr;
+  if (ds != nullptr) {
+    es = exps_of_student(ds, &scratch->es, n);
+    scratch->et.resize(std::max<int64_t>(n, scratch->et.size()));
+    scratch->bases.resize(std::max<int64_t>(2 * chunks, scratch->bases.size()));
+    et = scratch->et.data();
+  }
+  scratch->s.resize(kChunk);
+  scratch->t.resize(kChunk);
+  for (int64_t k = 0; k < chunks; ++k) {
+    const int64_t i = k * kChunk, m = std::min(kChunk, n - i);
+    const A* sk = load(s + i, scratch->s.data(), m);
+    const A* tk = load(t + i, scratch->t.data(), m);
+    A ms = sums.ms, mt = sums.mt;
+    raise_max(sk, tk, m, &ms, &mt);
+    sums.raise(ms, mt, args.inv_temperature);
+    if (ds != nullptr) {
+      scratch->bases[2 * k] = ms;
+      scratch->bases[2 * k + 1] = mt;
+      add_chunk<true>(sk, tk, m, c, &sums, es + i, et + i);
+    } else {
+      add_chunk<false>(sk, tk, m, c, &sums, es, et);
+    }
+  }
+  if (loss != nullptr) *loss = A(args.loss_scale * sums.kl());
+  if (ds == nullptr) return;
+  const double scale = args.grad_scale * grad;
+  for (int64_t k = 0; k < chunks; ++k) {
+    const int64_t i = k * kChunk, m = std::min(kChunk, n - i);
+    // Exponentials of a chunk are relative to the maxima so far; a chunk of -inf holds zeros.
+    const auto factor = [&](A base, A max, double z) {
+      return base == kNegInf<A> ? (z == z ? 0.0 : z)
+                                : std::exp((double(base) - double(max)) * args.inv_temperature) / z;
+    };
+    A fs = 0, ft = 0;
+    if (!sums.is_empty()) {
+      fs = A(scale * factor(scratch->bases[2 * k], sums.ms, sums.zs));
+      ft = A(scale * factor(scratch->bases[2 * k + 1], sums.mt, sums.zt));
+    }
+    A* e = es + i;
+    const A* f = et + i;
+#pragma omp simd
+    for (int64_t j = 0; j < m; ++j) e[j] = e[j] * fs - f[j] * ft;
+    if constexpr (!std::is_same_v<T, A>) store(ds + i, e, m);
+  }
+}
+
+template <class T>
+void rows(const ChannelKl& args) {
+  using A = compute_t<T>;
+  const int64_t n = args.reduce;
+#pragma omp parallel num_threads(args.num_threads)
+  {
+    Scratch<A> scratch;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < args.outer; ++r) {
+      const double grad = args.grad ? double(static_cast<const A*>(args.grad)[r]) : 1.0;
+      row(static_cast<const T*>(args.student) + r * n, static_cast<const T*>(args.teacher) + r * n, n, args, grad,
+          args.loss ? static_cast<A*>(args.loss) + r : nullptr,
+          args.dstudent ? static_cast<T*>(args.dstudent) + r * n : nullptr, &scratch);
+    }
+  }
+}
+
+// ---- lanes: the reduced dim is strided; a tile of neighbouring columns runs side by side in the vector registers ----
+
+// State of a tile's columns, and room for one chunk of both tensors where they need converting.
+template <class A>
+struct Lanes {
+  std::vector<A> ms, mt, bs, bt, zs, zt, a, fs, ft;  // one chunk's, in the type that is computed in
+  std::vector<Sums<A>> sums;
+  std::vector<A> s, t, es, et;
+  explicit Lanes(int64_t width)
+      : ms(width), mt(width), bs(width), bt(width), zs(width), zt(width), a(width), fs(width), ft(width), sums(width) {}
+};
+
+// Rows [0, n) of a tile as the type that is computed in; returns the distance between rows.
+template <class T, class A>
+int64_t load_tile(const T* x, int64_t stride, int64_t n, int64_t width, std::vector<A>* buffer, const A** out) {
+  if constexpr (std::is_same_v<T, A>) {
+    *out = x;
+    return stride;
+  } else {
+    buffer->resize(std::max<int64_t>(n * width, buffer->size()));
+    for (int64_t r = 0; r < n; ++r) load(x + r * stride, buffer->data() + r * width, width);
+    *out = buffer->data();
+    return width;
+  }
+}
+
+template <class A>
+void lanes_raise(const A* s, const A* t, int64_t stride, int64_t n, int64_t width, double c, Lanes<A>* lanes) {
+  A* ms = lanes->ms.data();
+  A* mt = lanes->mt.data();
+  for (int64_t i = 0; i < width; ++i) {
+    ms[i] = lanes->sums[i].ms;
+    mt[i] = lanes->sums[i].mt;
+  }
+  for (int64_t r = 0; r < n; ++r) {
+    const A* sr = s + r * stride;
+    const A* tr = t + r * stride;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      ms[i] = sr[i] > ms[i] ? sr[i] : ms[i];
+      mt[i] = tr[i] > mt[i] ? tr[i] : mt[i];
+    }
+  }
+  for (int64_t i = 0; i < width; ++i) {
+    lanes->sums[i].raise(ms[i], mt[i], c);
+    lanes->bs[i] = finite_base(ms[i]);
+    lanes->bt[i] = finite_base(mt[i]);
+    lanes->zs[i] = lanes->zt[i] = lanes->a[i] = 0;
+  }
+}
+
+template <bool kKeep, class A>
+void lanes_add(const A* s, const A* t, int64_t stride, int64_t n, int64_t width, A c, Lanes<A>* lanes, A* es,
+               int64_t es_stride, A* et) {
+  const A* bs = lanes->bs.data();
+  const A* bt = lanes->bt.data();
+  A* zs = lanes->zs.data();
+  A* zt = lanes->zt.data();
+  A* a = lanes->a.data();
+  for (int64_t r = 0; r < n; ++r) {
+    const A* sr = s + r * stride;
+    const A* tr = t + r * stride;
+    A* esr = es + r * es_stride;
+    A* etr = et + r * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      const A x = (sr[i] - bs[i]) * c, y = (tr[i] - bt[i]) * c;
+      const A ex = exp_neg(x), ey = exp_neg(y);
+      if (kKeep) {
+        esr[i] = ex;
+        etr[i] = ey;
+      }
+      zs[i] += ex;
+      zt[i] += ey;
+      const A term = ey * (y - x);
+      a[i] += ey != A(0) ? term : A(0);
+    }
+  }
+  for (int64_t i = 0; i < width; ++i) {
+    lanes->sums[i].zs += zs[i];
+    lanes->sums[i].zt += zt[i];
+    lanes->sums[i].a += a[i];
+  }
+}
+
+template <class T>
+void tile(const ChannelKl& args, int64_t o, int64_t lane, int64_t width, int64_t chunk, Lanes<compute_t<T>>* lanes) {
+  using A = compute_t<T>;
+  const int64_t n = args.reduce, stride = args.inner, begin = o * n * stride + lane, column = o * stride + lane;
+  const T* s = static_cast<const T*>(args.student) + begin;
+  const T* t = static_cast<const T*>(args.teacher) + begin;
+  T* ds = args.dstudent ? static_cast<T*>(args.dstudent) + begin : nullptr;
+  const A c = A(args.inv_temperature);
+  const bool keep = ds != nullptr && n <= chunk;  // the whole column fits: its exponentials wait in L2
+  const int64_t es_stride = std::is_same_v<T, A> ? stride : width;
+  std::fill_n(lanes->sums.begin(), width, Sums<A>());
+  A* es = nullptr;
+  if (keep) {
+    es = exps_of_student(ds, &lanes->es, n * width);
+    lanes->et.resize(std::max<int64_t>(n * width, lanes->et.size()));
+  }
+  for (int64_t r = 0; r < n; r += chunk) {
+    const int64_t m = std::min(chunk, n - r);
+    const A *sr, *tr;
+    const int64_t step = load_tile(s + r * stride, stride, m, width, &lanes->s, &sr);
+    load_tile(t + r * stride, stride, m, width, &lanes->t, &tr);
+    lanes_raise(sr, tr, step, m, width, args.inv_temperature, lanes);
+    if (keep) {
+      lanes_add<true>(sr, tr, step, m, width, c, lanes, es, es_stride, lanes->et.data());
+    } else {
+      lanes_add<false>(sr, tr, step, m, width, c, lanes, es, 0, lanes->et.data());
+    }
+  }
+  for (int64_t i = 0; i < width; ++i) {
+    const Sums<A>& sums = lanes->sums[i];
+    if (args.loss) static_cast<A*>(args.loss)[column + i] = A(args.loss_scale * sums.kl());
+    const double grad = args.grad ? double(static_cast<const A*>(args.grad)[column + i]) : 1.0;
+    const double scale = args.grad_scale * grad;
+    lanes->fs[i] = sums.is_empty() ? A(0) : A(scale / sums.zs);
+    lanes->ft[i] = sums.is_empty() ? A(0) : A(scale / sums.zt);
+    // A student of -inf alone has no largest value: any finite one serves, its exponentials are 0.
+    lanes->bs[i] = finite_base(sums.ms);
+    lanes->bt[i] = finite_base(sums.mt);
+  }
+  if (ds == nullptr) return;
+  const A* fs = lanes->fs.data();
+  const A* ft = lanes->ft.data();
+  if (keep) {
+    for (int64_t r = 0; r < n; ++r) {
+      A* e = es + r * es_stride;
+      const A* f = lanes->et.data() + r * width;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) e[i] = e[i] * fs[i] - f[i] * ft[i];
+      if constexpr (!std::is_same_v<T, A>) store(ds + r * stride, e, width);
+    }
+    return;
+  }
+  const A* bs = lanes->bs.data();
+  const A* bt = lanes->bt.data();
+  lanes->es.resize(std::max<int64_t>(width, lanes->es.size()));
+  for (int64_t r = 0; r < n; ++r) {
+    const A *sr, *tr;
+    load_tile(s + r * stride, stride, 1, width, &lanes->s, &sr);
+    load_tile(t + r * stride, stride, 1, width, &lanes->t, &tr);
+    A* e = lanes->es.data();
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      const A x = (sr[i] - bs[i]) * c, y = (tr[i] - bt[i]) * c;
+      e[i] = exp_neg(x) * fs[i] - exp_neg(y) * ft[i];
+    }
+    store(ds + r * stride, e, width);
+  }
+}
+
+template <class T>
+void columns(const ChannelKl& args) {
+  using A = compute_t<T>;
+  // As wide as L2 allows, in whole cache lines: neighbours in memory are what prefetchers like.
+  const int64_t fit = kTileFloats / std::max<int64_t>(args.reduce, 1) / 16 * 16;
+  const int64_t width = std::min(args.inner, std::clamp(fit, kMinLanes, kMaxLanes));
+  const int64_t chunk = std::max<int64_t>(1, kTileFloats / width);
+  const int64_t tiles = (args.inner + width - 1) / width;
+#pragma omp parallel num_threads(args.num_threads)
+  {
+    Lanes<A> lanes(width);
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < args.outer * tiles; ++k) {
+      const int64_t lane = (k % tiles) * width;
+      tile<T>(args, k / tiles, lane, std::min(width, args.inner - lane), chunk, &lanes);
+    }
+  }
+}
+
+template <class T>
+void run(const ChannelKl& args) {
+  if (args.inner == 1) {
+    rows<T>(args);
+  } else {
+    columns<T>(args);
+  }
+}
+
+template <class T>
+void scale(const ScaleRows& args) {
+  using A = compute_t<T>;
+  const A* grad = static_cast<const A*>(args.grad);
+  T* ds = static_cast<T*>(args.dstudent);
+  const int64_t n = args.reduce, inner = args.inner;
+  const int64_t columns = args.outer * inner;
+  if (std::all_of(grad, grad + columns, [](A g) { return g == A(1); })) return;
+#pragma omp parallel for schedule(static) num_threads(args.num_threads)
+  for (int64_t k = 0; k < args.outer * n; ++k) {
+    const A* g = grad + k / n * inner;
+    T* d = ds + k * inner;
+    if (inner == 1 && *g == A(1)) continue;
+#pragma omp simd
+    for (int64_t i = 0; i < inner; ++i) d[i] = T(d[i] * g[i]);
+  }
+}
+
+}  // namespace
+
+void channel_kl(const ChannelKl& args) {
+  switch (args.dtype) {
+    case Dtype::kF32:
+      return run<float>(args);
+    case Dtype::kF64:
+      return run<double>(args);
+    case Dtype::kF16:
+      return run<half_t>(args);
+    case Dtype::kBF16:
+      return run<bfloat_t>(args);
+  }
+}
+
+// Gradients are made ahead of the incoming one in fp32 and fp64 only: half types would lose their smallest values.
+void scale_rows(const ScaleRows& args) {
+  if (args.dtype == Dtype::kF32) scale<float>(args);
+  if (args.dtype == Dtype::kF64) scale<double>(args);
+}
+
+}  // namespace CPD_ISA
+}  // namespace cpd
