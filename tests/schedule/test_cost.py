@@ -68,7 +68,9 @@ def test_random_maps_against_counting_every_element(seed):
         return tuple(rng.integers(-1, n, kinds[i]) for i in rng.integers(0, len(kinds), rng.integers(0, 4)))
 
     tensors = {f"t{i}": TensorMap(f"t{i}", shape, maps(), i % 3 > 0) for i in range(12)}
-    terms = tuple(CostTerm(("macs", "activation_bytes")[i % 2], "m", int(rng.integers(1, 9)), maps()) for i in range(12))
+    terms = tuple(
+        CostTerm(("macs", "activation_bytes")[i % 2], "m", int(rng.integers(1, 9)), maps()) for i in range(12)
+    )
     graph = ChannelGraph((group,), tensors, terms, (), (), {}, "hand", (), 5)
     for _ in range(4):
         kept = np.flatnonzero(rng.random(n) < 0.6)

@@ -1,0 +1,6 @@
+"""Which channels go: exact costs, global ranking under a target, and the ramp of a pruning run."""
+
+from cpd_fast.schedule.cost import plan_cost
+from cpd_fast.schedule.plan import plan, random_plan, uniform_plan
+
+__all__ = ["plan", "plan_cost", "random_plan", "uniform_plan"]

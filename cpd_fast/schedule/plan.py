@@ -1,0 +1,372 @@
+"""Which channels go: a global threshold over the scores of all groups, exact about cost and balance.
+
+Groups that are tied shrink together and form one *unit*. A unit shrinks in *steps*: a step removes from every block
+of every group of the unit its lowest remaining channels, equally many from each. Steps of all units are ranked by
+what their channels are worth, and the fewest steps are taken, lowest first, that meet every limit of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpd_fast.errors import PlanError, ScoreError
+from cpd_fast.schedule.cost import counter, plan_cost
+from cpd_fast.types import ChannelGraph, Cost, CoupledGroup, PrunePlan, Scores, Target
+
+_COST_FIELD = {"params": "params", "macs": "macs", "memory": "activation_bytes"}
+_NORMALIZE = ("auto", "none", "mean", "max")
+Latency = Callable[[PrunePlan], float]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One balance block of one group: its channels, those worth least first."""
+
+    group: CoupledGroup
+    order: np.ndarray  # (block size,)
+    values: np.ndarray  # their scores, same order
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Tied groups, which keep the same number of channels in each of their blocks."""
+
+    blocks: tuple[_Block, ...]
+    size: int  # channels a block
+    counts: tuple[int, ...]  # what a block keeps after 0, 1, 2 ... steps
+    keys: tuple[float, ...]  # rank of each step, non-decreasing
+
+
+def plan(
+    graph: ChannelGraph,
+    scores: Scores | Mapping[str, Tensor],
+    target: Target,
+    round_to: int = 1,
+    max_pruning_ratio: float | Mapping[str, float] = 0.95,
+    min_channels: int = 1,
+    normalize: str = "auto",
+    per_cost: str | None = None,
+    start: PrunePlan | None = None,
+    latency: Latency | None = None,
+) -> PrunePlan:
+    r"""Remove the fewest lowest-scored channels such that every limit of the target holds.
+
+    One threshold for the whole network (as HAP): channels of all groups are ranked together. Balance and ties are
+    honoured by removing the lowest channel of every block at once, ranked by the *sum* of their scores; with
+    ``round_to > 1`` several at once, ranked by the mean of these sums. Equal inputs give equal plans: ties in rank go
+    to the group that comes first in the graph.
+
+    Args:
+        graph: The channel graph.
+        scores: Importance of every channel of every prunable group, fp32 ``(n_channels,)``, larger = keep.
+        target: What may remain: fractions of the dense model up to 1, absolute numbers above 1.
+        round_to: The kept channels of every block are a multiple of this, where the block is touched and large enough.
+        max_pruning_ratio: Most that a block may lose, in [0, 1]; a number or group name -> number.
+        min_channels: Fewest channels that a block may keep.
+        normalize: ``"none"``; ``"mean"`` or ``"max"`` divide a group's scores by their mean or largest magnitude;
+            ``"auto"`` does what the criterion recommends (``scores.info["normalize"]``; none where it says nothing).
+        per_cost: ``"params"``, ``"macs"`` or ``"memory"``: rank by score per unit of what a step saves at ``start``.
+        start: A plan whose removed channels stay removed.
+        latency: ``plan -> milliseconds``, needed by ``Target(latency_ms=)``; must not grow when channels go.
+
+    Returns:
+        The plan; only groups that lose channels are in it.
+
+    Raises:
+        ScoreError: If scores are missing, not finite, of the wrong shape, or of another model.
+        PlanError: If nothing is prunable, the target cannot be reached, or an argument is out of range.
+
+    Source: global threshold as in Yu et al., arXiv:2101.08940 (HAP); balance as a removal unit is ours.
+
+    Example:
+        >>> from cpd_fast.types import TensorMap
+        >>> group = CoupledGroup("fc1", "fc1", 4, 0, ())
+        >>> weight = TensorMap("fc1.weight", (4, 10), (np.arange(4)[:, None],))
+        >>> graph = ChannelGraph((group,), {"fc1.weight": weight}, (), (), (), {}, "tiny", (), 0)
+        >>> plan(graph, {"fc1": torch.tensor([3.0, 1.0, 4.0, 2.0])}, Target(params=0.5))["fc1"]
+        (0, 2)
+    """
+    _check_arguments(round_to, min_channels, normalize, per_cost)
+    if start is not None:
+        start.check(graph)
+    arrays = _score_arrays(graph, scores, normalize)
+    alive = graph.alive(start)
+    units = _units(graph, arrays, alive, round_to, max_pruning_ratio, min_channels)
+    if per_cost is not None:
+        units = [_per_cost(graph, u, alive, per_cost) for u in units]
+    steps = _rank(units)
+    limits = _limits(graph, target, latency)
+
+    def taken(n: int) -> PrunePlan:
+        done = np.bincount(steps[:n], minlength=len(units))
+        return _build(graph, [(u, u.counts[k]) for u, k in zip(units, done, strict=True)], start)
+
+    def holds(n: int) -> bool:
+        candidate = taken(n)
+        cost = counter(graph).cost(graph.alive(candidate))
+        return all(limit.holds(cost, candidate) for limit in limits)
+
+    low, high = -1, len(steps)  # holds(high) will be true, holds(low) false
+    if holds(0):
+        return taken(0)
+    if not holds(high):
+        raise _unreachable(graph, limits, taken(high), round_to)
+    low = 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return taken(high)
+
+
+def uniform_plan(
+    graph: ChannelGraph, scores: Scores | Mapping[str, Tensor], keep: float = 0.5, round_to: int = 1
+) -> PrunePlan:
+    """Keep the same fraction of every prunable group: in each block the channels with the highest scores.
+
+    Args:
+        graph: The channel graph.
+        scores: Importance of every channel of every prunable group, fp32 ``(n_channels,)``, larger = keep.
+        keep: Fraction kept, in (0, 1].
+        round_to: The kept channels of every block are rounded to a multiple of this.
+
+    Returns:
+        The plan; only groups that lose channels are in it.
+
+    Raises:
+        ScoreError: If scores are missing, not finite, of the wrong shape, or of another model.
+        PlanError: If nothing is prunable or an argument is out of range.
+
+    Example:
+        >>> graph = ChannelGraph((CoupledGroup("fc1", "fc1", 4, 0, ()),), {}, (), (), (), {}, "tiny", (), 0)
+        >>> uniform_plan(graph, {"fc1": torch.tensor([3.0, 1.0, 4.0, 2.0])}, keep=0.75)["fc1"]
+        (0, 2, 3)
+    """
+    _check_arguments(round_to, 1, "none", None)
+    units = _units(graph, _score_arrays(graph, scores, "none"), graph.alive(None), 1, 1.0, 1)
+    return _build(graph, [(u, _kept(u.size, keep, round_to)) for u in units], None)
+
+
+def random_plan(
+    graph: ChannelGraph, keep: float = 0.5, generator: torch.Generator | None = None, round_to: int = 1
+) -> PrunePlan:
+    """Keep the same fraction of every prunable group, at random positions.
+
+    Args:
+        graph: The channel graph.
+        keep: Fraction kept, in (0, 1]; a block of b channels keeps ``max(1, round(keep * b))``.
+        generator: Source of the positions (CPU); ``None`` is a fresh one with seed 0, so that the call is repeatable.
+        round_to: The kept channels of every block are rounded to a multiple of this.
+
+    Returns:
+        The plan; only groups that lose channels are in it.
+
+    Raises:
+        PlanError: If nothing is prunable or an argument is out of range.
+
+    Example:
+        >>> graph = ChannelGraph((CoupledGroup("fc1", "fc1", 6, 0, ()),), {}, (), (), (), {}, "tiny", (), 0)
+        >>> len(random_plan(graph, keep=0.5)["fc1"])
+        3
+    """
+    generator = generator if generator is not None else torch.Generator().manual_seed(0)
+    noise = torch.rand(graph.n_channels, generator=generator, dtype=torch.float64)
+    scores = {g.name: noise[g.offset : g.offset + g.n_channels] for g in graph.groups}
+    return uniform_plan(graph, scores, keep, round_to)
+
+
+# ---------------------------------------------------------------------------------------------------- units and steps
+
+
+def _units(
+    graph: ChannelGraph,
+    arrays: Mapping[str, np.ndarray],
+    alive: np.ndarray,
+    round_to: int,
+    max_ratio: float | Mapping[str, float],
+    min_channels: int,
+) -> list[_Unit]:
+    members: dict[str, list[CoupledGroup]] = {}
+    for g in graph.groups:
+        members.setdefault(f"tie:{g.tie}" if g.tie is not None else f"group:{g.name}", []).append(g)
+    units = []
+    for groups in members.values():
+        if not all(g.prunable for g in groups):
+            continue
+        blocks = tuple(
+            _block(g, b, arrays[g.name], alive[g.offset : g.offset + g.n_channels]) for g in groups for b in g.blocks
+        )
+        size = len(blocks[0].order)
+        left = int(alive[groups[0].offset + blocks[0].order].sum())
+        floor = max(min_channels, *(size - int(_ratio(g, max_ratio) * size + 1e-9) for g in groups), 1)
+        counts = _counts(left, min(floor, left), round_to)
+        total = np.sum([b.values for b in blocks], axis=0)  # (size,): what removing the j-th lowest of all is worth
+        keys = tuple(float(np.mean(total[size - a : size - b])) for a, b in zip(counts, counts[1:], strict=False))
+        units.append(_Unit(blocks, size, counts, keys))
+    if not units:
+        why = sorted({g.reason or "no reason given" for g in graph.groups if not g.prunable})
+        raise PlanError(
+            f"nothing is prunable: all {len(graph.groups)} groups are frozen ({'; '.join(why[:5]) or 'no groups'}); "
+            "print(graph) shows them"
+        )
+    return units
+
+
+def _block(group: CoupledGroup, channels: np.ndarray, values: np.ndarray, alive: np.ndarray) -> _Block:
+    """Channels already removed first, then the lowest scores; equal scores: the later channel goes first."""
+    order = channels[np.lexsort((-channels, values[channels], alive[channels]))]
+    return _Block(group, order, values[order])
+
+
+def _counts(left: int, floor: int, round_to: int) -> tuple[int, ...]:
+    """``left``, then every multiple of ``round_to`` below it, down to ``floor``."""
+    low = ceil(floor / round_to) * round_to
+    return (left, *range((left - 1) // round_to * round_to, low - 1, -round_to))
+
+
+def _ratio(group: CoupledGroup, max_ratio: float | Mapping[str, float]) -> float:
+    ratio = max_ratio.get(group.name, 1.0) if isinstance(max_ratio, Mapping) else max_ratio
+    if not 0 <= ratio <= 1:
+        raise PlanError(f"{group.name}: max_pruning_ratio must be in [0, 1], got {ratio}")
+    return float(ratio)
+
+
+def _per_cost(graph: ChannelGraph, unit: _Unit, alive: np.ndarray, per_cost: str) -> _Unit:
+    """Divide a unit's keys by what one channel a block saves at the start."""
+    if len(unit.counts) == 1:
+        return unit
+    fewer = alive.copy()
+    gone = unit.size - unit.counts[-1]
+    for b in unit.blocks:
+        fewer[b.group.offset + b.order[:gone]] = False
+    table, name = counter(graph), _COST_FIELD[per_cost]
+    saved = getattr(table.cost(alive), name) - getattr(table.cost(fewer), name)
+    each = max(saved, 1) / (unit.counts[0] - unit.counts[-1])
+    return _Unit(unit.blocks, unit.size, unit.counts, tuple(k / each for k in unit.keys))
+
+
+def _rank(units: list[_Unit]) -> np.ndarray:
+    """Unit number of every step, lowest key first; the steps of a unit keep their order."""
+    owner = np.repeat(np.arange(len(units)), [len(u.keys) for u in units])
+    keys = np.array([k for u in units for k in np.maximum.accumulate(u.keys or (0.0,))[: len(u.keys)]])
+    return owner[np.argsort(keys, kind="stable")].astype(np.int64)
+
+
+def _build(graph: ChannelGraph, kept: Iterable[tuple[_Unit, int]], start: PrunePlan | None) -> PrunePlan:
+    chosen: dict[str, list[int]] = {}
+    for unit, count in kept:
+        if count < unit.size:
+            for b in unit.blocks:
+                chosen.setdefault(b.group.name, []).extend(b.order[unit.size - count :].tolist())
+    made = {g.name: sorted(chosen[g.name]) for g in graph.groups if g.name in chosen}
+    if start is not None:  # groups that cannot shrink now but did before
+        made |= {k: list(v) for k, v in start.items() if k not in made and len(v) < graph[k].n_channels}
+    return PrunePlan(made, graph.fingerprint)
+
+
+def _kept(size: int, keep: float, round_to: int) -> int:
+    if not 0 < keep <= 1:
+        raise PlanError(f"keep={keep}: expected a fraction in (0, 1] of each group that is kept")
+    count = max(1, round(keep * size))
+    return count if keep == 1 or size <= round_to else max(round_to, round(count / round_to) * round_to)
+
+
+# ------------------------------------------------------------------------------------------------------------- target
+
+
+@dataclass(frozen=True)
+class _Limit:
+    name: str
+    given: float
+    most: float
+    dense: float
+    latency: Latency | None = None
+
+    def value(self, cost: Cost, candidate: PrunePlan) -> float:
+        if self.latency is not None:
+            return float(self.latency(candidate))
+        return int(getattr(cost, _COST_FIELD[self.name]))
+
+    def holds(self, cost: Cost, candidate: PrunePlan) -> bool:
+        return self.value(cost, candidate) <= self.most
+
+
+def _limits(graph: ChannelGraph, target: Target, latency: Latency | None) -> list[_Limit]:
+    dense, empty = plan_cost(graph), PrunePlan({}, graph.fingerprint)
+    limits = []
+    for name, given in target.given.items():
+        if name == "latency_ms" and latency is None:
+            raise PlanError(
+                "Target(latency_ms=): no latency table; pass latency=plan -> milliseconds, or use Target(macs=)"
+            )
+        table = latency if name == "latency_ms" else None
+        full = _Limit(name, given, 0, 0, table).value(dense, empty)
+        # 1e-9: a fraction such as 0.1 + 0.2 must not lose a channel to its last bit
+        limits.append(_Limit(name, given, full * given * (1 + 1e-9) if given <= 1 else given, full, table))
+    return limits
+
+
+def _unreachable(graph: ChannelGraph, limits: list[_Limit], least: PrunePlan, round_to: int) -> PlanError:
+    cost = plan_cost(graph, least)
+    parts = []
+    for limit in limits:
+        value = limit.value(cost, least)
+        if value > limit.most:
+            can = f"{value:g}" if limit.given > 1 or not limit.dense else f"{ceil(value / limit.dense * 1e4) / 1e4:g}"
+            parts.append(f"{limit.name}={limit.given:g} cannot be reached: {can} is the least")
+    frozen = [g.name for g in graph.groups if not g.prunable]
+    held = f"; frozen groups: {', '.join(frozen[:5])}{' ...' if len(frozen) > 5 else ''}" if frozen else ""
+    return PlanError(
+        f"{', '.join(parts)} with these groups, max_pruning_ratio, min_channels and round_to={round_to}{held}; "
+        "raise the target or loosen these"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_arguments(round_to: int, min_channels: int, normalize: str, per_cost: str | None) -> None:
+    if round_to < 1 or min_channels < 1:
+        raise PlanError(f"round_to and min_channels must be at least 1, got {round_to} and {min_channels}")
+    if normalize not in _NORMALIZE:
+        raise PlanError(f"normalize={normalize!r}: expected one of {', '.join(_NORMALIZE)}")
+    if per_cost is not None and per_cost not in _COST_FIELD:
+        raise PlanError(f"per_cost={per_cost!r}: expected None or one of {', '.join(_COST_FIELD)}")
+
+
+def _score_arrays(graph: ChannelGraph, scores: Scores | Mapping[str, Tensor], normalize: str) -> dict[str, np.ndarray]:
+    """The scores of prunable groups, checked and normalised, float64 ``(n_channels,)``."""
+    info: Mapping[str, object] = {}
+    if isinstance(scores, Scores):
+        if scores.fingerprint != graph.fingerprint:
+            raise ScoreError(
+                f"scores of another model: scores have fingerprint {scores.fingerprint}, the graph has "
+                f"{graph.fingerprint}; score this model with this graph"
+            )
+        info = scores.info
+    if normalize == "auto":
+        normalize = str(info.get("normalize", "none"))
+    missing = [g.name for g in graph.prunable_groups if g.name not in scores]
+    if missing:
+        raise ScoreError(
+            f"no scores for {len(missing)} of {len(graph.prunable_groups)} prunable groups: {', '.join(missing[:5])}; "
+            "score every group, or ignore these in comb"
+        )
+    arrays = {}
+    for g in graph.prunable_groups:
+        value = scores[g.name].detach().double().cpu().numpy()
+        if value.shape != (g.n_channels,):
+            raise ScoreError(f"scores of {g.name}: expected shape ({g.n_channels},), got {value.shape}")
+        if not np.isfinite(value).all():
+            raise ScoreError(
+                f"scores of {g.name}: {int((~np.isfinite(value)).sum())} of {g.n_channels} are not finite; "
+                "check the loss and the batches for NaN"
+            )
+        scale = {"none": 1.0, "mean": np.abs(value).mean(), "max": np.abs(value).max()}[normalize]
+        arrays[g.name] = value / (scale or 1.0)
+    return arrays
