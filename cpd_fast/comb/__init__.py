@@ -1,0 +1,212 @@
+"""Comb a model into coupled channel groups: which channels go together, and which may not go."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import cpd_fast.comb.rules  # noqa: F401  (fills the rule table)
+from cpd_fast.comb.labels import LabelStore
+from cpd_fast.comb.planes import Plane, freeze_dims
+from cpd_fast.comb.resolve import fingerprint, resolve
+from cpd_fast.comb.trace import (
+    Tracer,
+    clone_to_meta,
+    example_args,
+    register_rule,
+    run_trace,
+    tensor_names,
+    unwrap,
+)
+from cpd_fast.errors import CpdError, PlanError, TraceError
+from cpd_fast.types import ChannelGraph, CostTerm, NormSite, ScaleSite, TensorMap
+
+__all__ = ["comb", "register_rule"]
+
+
+def comb(
+    model: nn.Module,
+    example_inputs: Any,
+    ignore: Iterable[str | nn.Module] = (),
+    on_unknown: str = "error",
+    granularity: str = "dim",
+) -> ChannelGraph:
+    """Find the coupled channel groups of a model.
+
+    The model is run once in eval and once in train mode on a copy without weights (meta device), and channels are
+    followed through every operator. The model itself is not touched.
+
+    Args:
+        model: Any ``nn.Module``; wrappers of DDP and ``torch.compile`` are looked through.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments for one forward.
+        ignore: Modules, or names and ``fnmatch`` patterns of modules and parameters, whose own tensors keep their
+            shapes.
+        on_unknown: What an operator without a channel rule means: ``"error"``, or ``"freeze"`` to keep every channel
+            that reaches it.
+        granularity: What a channel of an attention is: ``"dim"``, one dim of each head (every head keeps equally
+            many), or ``"head"``, a whole head.
+
+    Returns:
+        The graph: groups, reasons for what is frozen, and what is needed to mask, compact and count costs.
+
+    Raises:
+        UnsupportedOpError: An operator has no rule and ``on_unknown="error"``.
+        TraceError: The forward fails on the example inputs, or its path depends on data.
+        ValueError: ``on_unknown`` or ``granularity`` is none of the choices.
+
+    Source: the coupling of CPD (arXiv:2408.03046, section III-B), generalised to single indices.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+        >>> graph = comb(net, torch.zeros(1, 3, 8, 8))
+        >>> [(g.name, g.n_channels, g.prunable) for g in graph.groups]
+        [('0', 8, True), ('2', 4, False)]
+    """
+    for value, choices, what in (
+        (on_unknown, ("error", "freeze"), "on_unknown"),
+        (granularity, ("dim", "head"), "granularity"),
+    ):
+        if value not in choices:
+            raise ValueError(f"{what}: expected one of {', '.join(choices)}, got {value!r}")
+    model = unwrap(model)
+    ids, aliases = tensor_names(model)
+    shapes = {**{n: tuple(p.shape) for n, p in model.named_parameters()}}
+    shapes |= {n: tuple(b.shape) for n, b in model.named_buffers()}
+    store = LabelStore()
+    planes: dict[str, list[Plane]] = {}
+    eval_trace = _trace(model, example_inputs, store, planes, on_unknown, granularity == "head", training=False)
+    train_trace = _trace(model, example_inputs, store, planes, on_unknown, granularity == "head", training=True)
+    order = list(dict.fromkeys([*eval_trace.order, *train_trace.order]))
+    _freeze_ignored(model, ignore, planes, store)
+    sites = {(s.module, s.op, s.call): s for s in [*train_trace.sites, *eval_trace.sites]}
+    scale_sites = _scale_sites(store, planes, eval_trace)
+    resolved = resolve(store, planes, order)
+
+    def to_maps(arrays: Iterable[np.ndarray]) -> tuple[np.ndarray, ...]:
+        maps = (resolved.channel[a] for a in arrays)
+        return tuple(m for m in maps if (m >= 0).any())
+
+    parameters = {n for n, _ in model.named_parameters()}
+    tensors = {n: TensorMap(n, shapes[n], to_maps(p.labels for p in planes[n]), n in parameters) for n in order}
+    mapped = {n for n, t in tensors.items() if t.maps and t.is_parameter}
+    terms = tuple(CostTerm(t.kind, t.module, *_fold(t.coefficient, t.planes, resolved.channel)) for t in eval_trace.terms)
+    return ChannelGraph(
+        groups=resolved.groups,
+        tensors={n: t for n, t in tensors.items() if t.maps},
+        terms=terms,
+        norm_sites=tuple(NormSite(s.module, s.op, s.call, resolved.channel[s.labels]) for s in sites.values()),
+        scale_sites=tuple(replace(s, channels=resolved.channel[s.channels]) for s in scale_sites),
+        aliases=aliases,
+        fingerprint=fingerprint(shapes, resolved.groups),
+        input_shapes=tuple(tuple(t.shape) for t in tree_leaves(example_inputs) if isinstance(t, Tensor)),
+        untouched=sum(p.numel() for n, p in model.named_parameters() if n not in mapped),
+    )
+
+
+def _fold(coefficient: int, planes: tuple[np.ndarray, ...], channel: np.ndarray) -> tuple[int, tuple[np.ndarray, ...]]:
+    """Planes without channels become part of the coefficient."""
+    maps = [channel[p] for p in planes]
+    kept = [m for m in maps if (m >= 0).any()]
+    covered = {d for m in kept for d, s in enumerate(m.shape) if s > 1}
+    gone: dict[int, int] = {}
+    for m in maps:
+        gone |= {d: s for d, s in enumerate(m.shape) if s > 1 and d not in covered}
+    return coefficient * int(np.prod(list(gone.values()), dtype=object)), tuple(kept)
+
+
+def _trace(
+    model: nn.Module,
+    example_inputs: Any,
+    store: LabelStore,
+    planes: dict[str, list[Plane]],
+    on_unknown: str,
+    heads: bool,
+    training: bool,
+) -> Tracer:
+    clone = clone_to_meta(model)
+    if training:
+        clone.train()
+    else:
+        clone.eval()
+    ids, _ = tensor_names(clone)
+    tracer = Tracer(store, ids, planes, heads)
+    tracer.on_unknown = on_unknown
+    args, kwargs = example_args(example_inputs)
+    try:
+        out = run_trace(clone, args, kwargs, tracer)
+    except CpdError:
+        raise
+    except Exception as e:
+        if training:  # e.g. BatchNorm over one value; what eval mode showed stands
+            return tracer
+        raise TraceError(
+            f"the forward failed on the example inputs (eval mode, meta device) {tracer.where()}: {e}"
+        ) from e
+    for t in tree_leaves(_plain(out)):
+        if isinstance(t, Tensor) and id(t) in tracer.states:
+            freeze_dims(store, tracer.state(t), set(range(t.dim())), "is an output of the model")
+    return tracer
+
+
+def _plain(out: Any) -> Any:
+    """Outputs that pytrees do not open: dataclasses and mappings of other libraries."""
+    if hasattr(out, "__dataclass_fields__") and not isinstance(out, dict):
+        return [_plain(getattr(out, f)) for f in out.__dataclass_fields__]
+    if hasattr(out, "values") and callable(out.values) and not isinstance(out, Tensor):
+        return [_plain(v) for v in out.values()]
+    if isinstance(out, (list, tuple)):
+        return [_plain(v) for v in out]
+    return out
+
+
+def _freeze_ignored(
+    model: nn.Module, ignore: Iterable[str | nn.Module], planes: dict[str, list[Plane]], store: LabelStore
+) -> None:
+    by_id = {id(m): n for n, m in model.named_modules()}
+    for item in [ignore] if isinstance(ignore, (str, nn.Module)) else ignore:
+        if isinstance(item, nn.Module):
+            name = by_id.get(id(item))
+            if name is None:
+                raise PlanError(f"ignore: {type(item).__name__} is not a module of this model")
+            patterns = [f"{name}.*" if name else "*"]
+        else:
+            patterns = [item, f"{item}.*"]
+        hit = [n for n in planes if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+        if not hit:
+            raise PlanError(f"ignore: {item!r} matches no module or parameter that the forward uses")
+        for n in hit:
+            for p in planes[n]:
+                store.freeze(p.labels, "ignored on request")
+
+
+def _scale_sites(store: LabelStore, planes: dict[str, list[Plane]], tracer: Tracer) -> list[ScaleSite]:
+    """Attention calls whose scale follows head_dim: how compaction can keep it, or freeze."""
+    sites = []
+    for call in tracer.attention:
+        plane = next((p for p in call.q.planes if p.labels.shape[-1] > 1), None)
+        if plane is None:
+            continue
+        labels = np.broadcast_to(plane.labels, [*plane.labels.shape]).reshape(-1, plane.labels.shape[-1])
+        labels = labels[np.sort(np.unique(labels, axis=0, return_index=True)[1])]
+        rows = []
+        for name in call.q.scaled_by:
+            for p in planes.get(name, ()):
+                own = p.labels.reshape(-1)
+                hit = np.flatnonzero(np.isin(own, labels)) if len(planes[name]) > 1 or not rows else rows[0][1]
+                if len(hit):
+                    rows.append((name, hit))
+                    break
+        if call.q.identity is None and not rows:
+            store.freeze(labels, "its attention takes 1/sqrt(head_dim) as scale, which cannot be kept")
+            continue
+        sites.append(ScaleSite(call.module, labels, call.q.identity, tuple(rows)))
+    return sites
+
+

@@ -1,0 +1,113 @@
+"""Labels: one integer for every index of every parameter dim, and the facts that a trace learns about them.
+
+Nothing is decided while tracing: unions, freezes and grids are only recorded, as arrays, and resolved at the end.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpd_fast.errors import CompactError
+
+
+class LabelStore:
+    """Records which labels go together, which may not go at all, and which form grids."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.reasons: list[str] = []
+        self._pairs: list[np.ndarray] = []
+        self._frozen: list[tuple[np.ndarray, int]] = []
+        self._consumed: list[np.ndarray] = []
+        self.grids: dict[bytes, np.ndarray] = {}
+
+    def new(self, n: int) -> np.ndarray:
+        """``n`` fresh labels, int64."""
+        self.count += n
+        return np.arange(self.count - n, self.count, dtype=np.int64)
+
+    def pinned(self, n: int) -> np.ndarray:
+        """``n`` fresh labels that never go: padding, rows of a grid."""
+        labels = self.new(n)
+        self.freeze(labels, "")
+        return labels
+
+    def unite(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Labels at equal positions go together; arrays broadcast."""
+        a, b = np.broadcast_arrays(a, b)
+        differ = a != b
+        if differ.any():
+            self._pairs.append(np.unique(np.stack([a[differ], b[differ]], 1), axis=0))
+
+    def freeze(self, labels: np.ndarray, reason: str) -> None:
+        """These labels stay. An empty reason marks labels that are no channels at all (kernel positions, padding)."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        self._frozen.append((np.unique(labels), self.reasons.index(reason)))
+
+    def consume(self, labels: np.ndarray) -> None:
+        """These labels of a parameter are contracted with an activation: the parameter consumes the channel."""
+        self._consumed.append(np.unique(labels))
+
+    def grid(self, labels: np.ndarray) -> None:
+        """What remains of these labels must be a box; positions may differ only along the last dim."""
+        for axis in range(labels.ndim - 1):  # rows that repeat (batch, windows) say nothing new
+            first = labels.take([0], axis)
+            if labels.shape[axis] > 1 and (labels == first).all():
+                labels = first
+        labels = labels.reshape([s for s in labels.shape if s > 1] or [1])
+        if labels.ndim > 1:
+            self.grids[labels.tobytes() + bytes(str(labels.shape), "ascii")] = labels
+
+    def classes(self) -> np.ndarray:
+        """Label -> smallest label it is united with, int64 ``(count,)``."""
+        root = np.arange(self.count, dtype=np.int64)
+        if not self._pairs:
+            return root
+        pairs = np.concatenate(self._pairs)
+        while True:
+            a, b = root[pairs[:, 0]], root[pairs[:, 1]]
+            differ = a != b
+            if not differ.any():
+                return root
+            low, high = np.minimum(a[differ], b[differ]), np.maximum(a[differ], b[differ])
+            np.minimum.at(root, high, low)
+            while (jump := root[root]).tobytes() != root.tobytes():
+                root = jump
+
+    def frozen(self, classes: np.ndarray) -> np.ndarray:
+        """Class -> index into ``reasons`` or -1, int64 ``(count,)``; the reason that a person can use wins."""
+        reason = np.full(self.count, -1, np.int64)
+        for labels, r in sorted(self._frozen, key=lambda f: self.reasons[f[1]] == "", reverse=True):
+            reason[classes[labels]] = r
+        return reason
+
+    def consumed(self) -> np.ndarray:
+        """Label -> whether :meth:`consume` named it, bool ``(count,)``."""
+        out = np.zeros(self.count, bool)
+        for labels in self._consumed:
+            out[labels] = True
+        return out
+
+
+class LabelCheck(LabelStore):
+    """The store of a replay: labels are channel ids already (-1: unknown), a union must find them equal."""
+
+    def new(self, n: int) -> np.ndarray:
+        """Nothing is known of labels made during a replay."""
+        return np.full(n, -1, np.int64)
+
+    def unite(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Raise :class:`CompactError` where two channels meet that are not coupled."""
+        a, b = np.broadcast_arrays(a, b)
+        if ((a != b) & (a >= 0) & (b >= 0)).any():
+            raise CompactError("channels meet that do not belong together")
+
+    def freeze(self, labels: np.ndarray, reason: str) -> None:
+        """Nothing to record."""
+
+    def consume(self, labels: np.ndarray) -> None:
+        """Nothing to record."""
+
+    def grid(self, labels: np.ndarray) -> None:
+        """Nothing to record."""

@@ -1,0 +1,376 @@
+"""Run a model once on meta tensors and hand every ATen call to its channel rule."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from cpd_fast.comb.labels import LabelStore
+from cpd_fast.comb.planes import Plane, State, constant_state, freeze_dims
+from cpd_fast.errors import CpdError, TraceError, UnsupportedOpError
+
+
+@dataclass(frozen=True)
+class Term:
+    """A cost: ``coefficient`` times the joint box of ``planes`` (label arrays of one rank)."""
+
+    kind: str
+    module: str
+    coefficient: int
+    planes: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A call that normalises over a channel axis; ``labels`` in the op's own layout."""
+
+    module: str
+    op: str
+    call: int
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """An attention call that takes 1/sqrt(head_dim) as its scale."""
+
+    module: str
+    q: State
+
+
+@dataclass(frozen=True)
+class Call:
+    """One ATen call as a rule sees it."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+
+    def arg(self, i: int, name: str, default: Any = None) -> Any:
+        """Positional argument ``i``, or keyword ``name``."""
+        return self.args[i] if i < len(self.args) else self.kwargs.get(name, default)
+
+
+Rule = Callable[["Tracer", Call], Any]
+RULES: dict[str, Rule] = {}
+
+
+def register_rule(*ops: str) -> Callable[[Rule], Rule]:
+    """Say how channels run through an operator.
+
+    The rule gets the tracer and the call and returns the :class:`State` of the output (a list of them for several
+    outputs). It unites labels through ``tracer.meet``, freezes through ``tracer.freeze_dims``.
+
+    Args:
+        ops: Names of ATen or custom operators without overload, such as ``"aten.relu"`` or ``"mylib.my_op"``.
+
+    Example:
+        >>> from cpd_fast.comb import register_rule
+        >>> @register_rule("mylib.swish_gate")          # y = x * sigmoid(gate), shapes (N, C, H, W) and (N, C, 1, 1)
+        ... def swish_gate(tracer, call):
+        ...     return tracer.meet(call.args[0], call.args[1], out=call.out)
+    """
+
+    def add(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(ops, rule))
+        return rule
+
+    return add
+
+
+class Tracer(TorchDispatchMode):
+    """Follows labels through the ATen calls of one forward.
+
+    ``tensors`` maps the id of a parameter or buffer of the traced module to its name; ``planes`` gives the planes of
+    each name (shared by several traces of one model, so that their constraints unite).
+    """
+
+    def __init__(self, store: LabelStore, tensors: dict[int, str], planes: dict[str, list[Plane]], heads: bool) -> None:
+        super().__init__()
+        self.store, self.planes, self.heads = store, planes, heads
+        self.tensors = tensors
+        self.states: dict[int, State] = {}
+        self.alive: list[Tensor] = []  # ids are reused once a tensor dies
+        self.stack: list[str] = [""]
+        self.terms: list[Term] = []
+        self.sites: list[Site] = []
+        self.attention: list[AttentionSite] = []
+        self.unknown: list[str] = []
+        self.on_unknown = "error"
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.n_ops = 0
+        self.order: list[str] = []  # parameters and buffers by first use
+
+    # ---- what rules use
+
+    def state(self, t: Tensor) -> State:
+        """What is known of a tensor; a tensor made outside the trace is free."""
+        known = self.states.get(id(t))
+        if known is not None:
+            return known
+        name = self.tensors.get(id(t))
+        if name is None:
+            state = State() if t.numel() > 1 else constant_state(t.dim())
+        else:
+            self.order.append(name)
+            state = State(tuple(self.param_planes(name, tuple(t.shape))), source=name)
+        self.set_state(t, state)
+        return state
+
+    def param_planes(self, name: str, shape: tuple[int, ...]) -> list[Plane]:
+        """The planes of a parameter: fresh labels for every dim the first time it is seen."""
+        if name not in self.planes:
+            self.planes[name] = [
+                Plane(self.store.new(s).reshape([s if i == d else 1 for i in range(len(shape))]), d)
+                for d, s in enumerate(shape)
+                if s > 1
+            ]
+        return self.planes[name]
+
+    def set_state(self, t: Tensor, state: State) -> None:
+        """Remember the state of a tensor (and keep the tensor alive)."""
+        self.states[id(t)] = state
+        self.alive.append(t)
+
+    def meet(self, *tensors: Tensor, out: Tensor) -> State:
+        """Elementwise meeting of broadcast tensors."""
+        from cpd_fast.comb.planes import meet
+
+        shapes = [tuple(t.shape) for t in tensors]
+        return meet(self.store, [self.state(t) for t in tensors], shapes, tuple(out.shape), self.heads)
+
+    def freeze_dims(self, t: Tensor, dims: set[int], reason: str) -> State:
+        """The state of ``t`` with everything that varies over ``dims`` frozen."""
+        return freeze_dims(self.store, self.state(t), dims, f"{reason} ({self.where()})")
+
+    def freeze_all(self, t: Tensor, reason: str) -> State:
+        """Freeze every label of ``t``."""
+        return self.freeze_dims(t, set(range(t.dim())), reason)
+
+    def add_cost(self, kind: str, coefficient: int, shape: tuple[int, ...], planes: list[np.ndarray]) -> None:
+        """Count ``coefficient`` for every surviving position of a (virtual) tensor of this shape."""
+        covered = {d for p in planes for d, s in enumerate(p.shape) if s > 1}
+        for d, s in enumerate(shape):
+            if d not in covered:
+                coefficient *= s
+        self.terms.append(Term(kind, self.module, coefficient, tuple({p.tobytes(): p for p in planes}.values())))
+
+    def add_site(self, op: str, labels: np.ndarray | None) -> None:
+        """Note a normalising call; every call is counted so that a masked forward can tell which one it is."""
+        call = self.calls[self.module, op]
+        self.calls[self.module, op] += 1
+        if labels is not None:
+            self.sites.append(Site(self.module, op, call, labels))
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module whose forward runs."""
+        return self.stack[-1]
+
+    def where(self) -> str:
+        """Module and source line of the running call."""
+        frame = sys._getframe()
+        while frame is not None:
+            name = frame.f_code.co_filename.replace("\\", "/")
+            if not any(part in name for part in ("/torch/", "cpd_fast/comb", "cpd_fast/compact", "<frozen")):
+                short = "/".join(name.split("/")[-2:])
+                return f"in {self.module or 'the model'}, {short}:{frame.f_lineno}"
+            frame = frame.f_back  # type: ignore[assignment]
+        return f"in {self.module or 'the model'}"
+
+    # ---- the mode itself
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        args, kwargs = tree_map_only(Tensor, self._on_meta, (args, kwargs))
+        if "device" in kwargs and kwargs["device"] is not None:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        try:
+            out = func(*args, **kwargs)
+        except CpdError:
+            raise
+        except (RuntimeError, NotImplementedError) as e:
+            if "meta" in str(e) and ("item" in str(e) or "local_scalar_dense" in str(e)):
+                raise TraceError(
+                    f"data-dependent control flow {self.where()}: the forward reads the value of a tensor ({func}); "
+                    "comb needs a forward whose path does not depend on data. Move the test out of forward, or pass "
+                    "ignore= / example inputs that avoid it"
+                ) from e
+            raise
+        self.n_ops += 1
+        op = f"{func.namespace}.{func._schema.name.split('::')[1]}"
+        self._apply(op, func, Call(op, tuple(args), kwargs, out))
+        return out
+
+    def _on_meta(self, t: Tensor) -> Tensor:
+        if t.device.type == "meta":
+            return t
+        for held in self.alive:
+            if getattr(held, "_cpd_original", None) is t:
+                return held
+        copy_ = torch.empty_like(t, device="meta")
+        copy_._cpd_original = t  # type: ignore[attr-defined]
+        self.set_state(copy_, self.states.get(id(t), State() if t.numel() > 1 else constant_state(t.dim())))
+        return copy_
+
+    def _apply(self, op: str, func: Any, call: Call) -> None:
+        outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+        if not outs:
+            return
+        rule = RULES.get(op) or RULES.get(op.rstrip("_"))
+        if rule is None and (torch.Tag.pointwise in func.tags or torch.Tag.pointwise in _out_of_place_tags(func)):
+            rule = RULES["pointwise"]
+        if rule is None:
+            rule = self._unknown(op)
+        result = rule(self, call)
+        states = result if isinstance(result, list) else [result] * len(outs)
+        for o, s in zip(outs, states, strict=True):
+            self.set_state(o, s)
+        if not call.op.endswith("_") and not func.is_view and op not in RULES_OF_VIEWS:
+            for o, s in zip(outs, states, strict=True):
+                self.add_cost("activation_bytes", o.element_size(), tuple(o.shape), [p.labels for p in s.planes])
+
+    def _unknown(self, op: str) -> Rule:
+        if self.on_unknown == "error":
+            raise UnsupportedOpError(
+                f"no channel rule for operator {op} ({self.where()}). Register one with "
+                f"cpd_fast.comb.register_rule({op!r}) (docs/rules.md), or pass on_unknown='freeze' to keep every "
+                "channel that reaches it"
+            )
+        self.unknown.append(f"{op} ({self.where()})")
+        return RULES["unknown"]
+
+
+RULES_OF_VIEWS = {"aten.detach", "aten.alias", "aten.lift_fresh", "aten._unsafe_view", "aten.clone", "aten._to_copy"}
+
+
+def _out_of_place_tags(func: Any) -> list[Any]:
+    """Tags of ``relu`` for ``relu_``: in-place variants often lack them."""
+    ns, name = func._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, ns), name.rstrip("_"), None)
+    if packet is None or not name.endswith("_"):
+        return []
+    overload = getattr(packet, func._overloadname, None) or getattr(packet, "default", None)
+    return list(overload.tags) if overload is not None else []
+
+
+class _FunctionWatcher(TorchFunctionMode):
+    """Sees calls before they are taken apart: attention that follows head_dim with its scale."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            if kwargs.get("scale") is None and (len(args) < 7 or args[6] is None):
+                q = args[0] if args else kwargs["query"]
+                self.tracer.attention.append(AttentionSite(self.tracer.module, self.tracer.state(q)))
+        return func(*args, **kwargs)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def clone_to_meta(model: nn.Module) -> nn.Module:
+    """A copy without weights and without hooks; the model itself is not touched, sharing of tensors is kept."""
+    memo: dict[int, Any] = {}
+    for m in model.modules():
+        for p in m._parameters.values():
+            if p is not None and id(p) not in memo:
+                memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.is_floating_point())
+        for t in [*m._buffers.values(), *vars(m).values()]:
+            if isinstance(t, Tensor) and id(t) not in memo:
+                memo[id(t)] = torch.empty_like(t, device="meta", requires_grad=False)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    kept = [(m, h, getattr(m, h)) for m in model.modules() for h in hooks if getattr(m, h)]
+    try:
+        for m, h, _ in kept:
+            setattr(m, h, type(getattr(m, h))())
+        clone = copy.deepcopy(model, memo)
+    finally:
+        for m, h, value in kept:
+            setattr(m, h, value)
+    return clone
+
+
+def tensor_names(model: nn.Module) -> tuple[dict[int, str], dict[str, str]]:
+    """id -> first name of every parameter and buffer, and every name -> first name of the same tensor."""
+    names: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    everything = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, t in everything:
+        aliases[name] = names.setdefault(id(t), name)
+    return names, aliases
+
+
+@contextmanager
+def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """Keep ``tracer.stack`` at the module whose forward runs."""
+    handles = []
+    for name, m in clone.named_modules():
+
+        def enter(_m: nn.Module, _args: Any, name: str = name) -> None:
+            tracer.stack.append(name)
+
+        def leave(m: nn.Module, _args: Any, out: Any) -> None:
+            name = tracer.stack.pop()
+            if type(m) is nn.Identity and isinstance(out, Tensor):
+                tracer.set_state(out, replace(tracer.state(out), identity=name))
+
+        handles.append(m.register_forward_pre_hook(enter))
+        handles.append(m.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
+
+
+def example_args(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, tuple or list, or dict of keyword arguments -> args and kwargs on the meta device."""
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, (tuple, list, dict)):
+        raise TraceError(
+            f"example_inputs: expected a tensor, a tuple of arguments or a dict of keyword arguments, "
+            f"got {type(example_inputs).__name__}"
+        )
+    moved = tree_map_only(Tensor, lambda t: t.detach().to("meta"), example_inputs)
+    return ((), dict(moved)) if isinstance(moved, dict) else (tuple(moved), {})
+
+
+def run_trace(clone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer) -> Any:
+    """One forward of the meta clone under the tracer; returns its output."""
+    with module_stack(clone, tracer), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), _FunctionWatcher(tracer):
+        with torch.autograd.set_multithreading_enabled(False), tracer:
+            for t in tree_flatten((args, kwargs))[0]:
+                if isinstance(t, Tensor):
+                    tracer.set_state(t, State())
+            return clone(*args, **kwargs)
