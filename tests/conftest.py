@@ -1,4 +1,4 @@
-"""What every test needs before torch-based imports: one thread, fixed seeds, the Triton interpreter, a torchvision that loads."""
+"""What every test needs first: one thread, fixed seeds, the Triton interpreter, a torchvision that loads."""
 
 import os
 
