@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from cpd_fast.errors import FileFormatError, PlanError, ScoreError
 
@@ -153,7 +154,8 @@ class ChannelGraph:
     scale_sites: tuple[ScaleSite, ...]
     aliases: Mapping[str, str]  # every name of a tied tensor -> the first one
     fingerprint: str
-    input_shapes: tuple[tuple[int, ...], ...]
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]  # example args and kwargs, tensors on the meta device
+    output_shapes: tuple[tuple[int, ...], ...]
     untouched: int  # parameters that no channel map describes
     _by_name: dict[str, CoupledGroup] = field(default_factory=dict, repr=False)
 
@@ -164,6 +166,11 @@ class ChannelGraph:
     def n_channels(self) -> int:
         """Channels of all groups together: global ids run from 0 to here."""
         return sum(g.n_channels for g in self.groups)
+
+    @property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the example input tensors."""
+        return tuple(tuple(t.shape) for t in tree_leaves(self.inputs) if isinstance(t, Tensor))
 
     @property
     def prunable_groups(self) -> tuple[CoupledGroup, ...]:

@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 import cpd_fast.comb.rules  # noqa: F401  (fills the rule table)
 from cpd_fast.comb.labels import LabelStore
@@ -105,7 +104,8 @@ def comb(
         scale_sites=tuple(replace(s, channels=resolved.channel[s.channels]) for s in scale_sites),
         aliases=aliases,
         fingerprint=fingerprint(shapes, resolved.groups),
-        input_shapes=tuple(tuple(t.shape) for t in tree_leaves(example_inputs) if isinstance(t, Tensor)),
+        inputs=example_args(example_inputs),
+        output_shapes=eval_trace.output_shapes,
         untouched=sum(p.numel() for n, p in model.named_parameters() if n not in mapped),
     )
 
@@ -149,21 +149,9 @@ def _trace(
         raise TraceError(
             f"the forward failed on the example inputs (eval mode, meta device) {tracer.where()}: {e}"
         ) from e
-    for t in tree_leaves(_plain(out)):
-        if isinstance(t, Tensor) and id(t) in tracer.states:
-            freeze_dims(store, tracer.state(t), set(range(t.dim())), "is an output of the model")
+    for t in out:
+        freeze_dims(store, tracer.state(t), set(range(t.dim())), "is an output of the model")
     return tracer
-
-
-def _plain(out: Any) -> Any:
-    """Outputs that pytrees do not open: dataclasses and mappings of other libraries."""
-    if hasattr(out, "__dataclass_fields__") and not isinstance(out, dict):
-        return [_plain(getattr(out, f)) for f in out.__dataclass_fields__]
-    if hasattr(out, "values") and callable(out.values) and not isinstance(out, Tensor):
-        return [_plain(v) for v in out.values()]
-    if isinstance(out, (list, tuple)):
-        return [_plain(v) for v in out]
-    return out
 
 
 def _freeze_ignored(

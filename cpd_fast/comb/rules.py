@@ -389,6 +389,10 @@ def _grouped(
     if x_labels is None:
         t.store.freeze(rows, "grouped convolution over an axis without channels")
         return rows
+    over_rows = [p for p in w_state.planes if p.dims == (0,)]
+    if per_in == 1 and len(over_rows) == 2:  # compacted down to one column a group: (rows, columns), seen in a replay
+        t.store.unite(over_rows[1].labels.reshape(groups, per_out), x_labels.reshape(groups, 1))
+        return rows
     if per_in == 1:  # depthwise: input channel g and its outputs go together
         t.store.unite(rows.reshape(groups, per_out), x_labels.reshape(groups, 1))
         return rows

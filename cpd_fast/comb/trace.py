@@ -113,6 +113,7 @@ class Tracer(TorchDispatchMode):
         self.on_unknown = "error"
         self.calls: Counter[tuple[str, str]] = Counter()
         self.n_ops = 0
+        self.output_shapes: tuple[tuple[int, ...], ...] = ()
         self.order: list[str] = []  # parameters and buffers by first use
 
     # ---- what rules use
@@ -366,11 +367,27 @@ def example_args(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((), dict(moved)) if isinstance(moved, dict) else (tuple(moved), {})
 
 
-def run_trace(clone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer) -> Any:
-    """One forward of the meta clone under the tracer; returns its output."""
+def run_trace(clone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer) -> list[Tensor]:
+    """One forward of the meta clone under the tracer; returns the tensors of its output."""
     with module_stack(clone, tracer), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), _FunctionWatcher(tracer):
         with torch.autograd.set_multithreading_enabled(False), tracer:
             for t in tree_flatten((args, kwargs))[0]:
                 if isinstance(t, Tensor):
                     tracer.set_state(t, State())
-            return clone(*args, **kwargs)
+            out = clone(*args, **kwargs)
+    outputs = [t for t in tree_leaves(_plain(out)) if isinstance(t, Tensor)]
+    tracer.output_shapes = tuple(tuple(t.shape) for t in outputs)
+    return outputs
+
+
+def _plain(out: Any) -> Any:
+    """Outputs that pytrees do not open: dataclasses and mappings of other libraries."""
+    if isinstance(out, Tensor) or out is None:
+        return out
+    if hasattr(out, "values") and callable(out.values):
+        return [_plain(v) for v in out.values()]
+    if hasattr(out, "__dataclass_fields__"):
+        return [_plain(getattr(out, f)) for f in out.__dataclass_fields__]
+    if isinstance(out, (list, tuple)):
+        return [_plain(v) for v in out]
+    return out

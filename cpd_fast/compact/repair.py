@@ -1,0 +1,272 @@
+"""Repair the attributes that mirror sizes, and prove the result by a label-checked replay.
+
+The replay runs the compacted model on meta tensors with the surviving channels written on its parameters, under the
+same rules as comb; every union becomes the question whether the two channels are one. A size that stands in an
+attribute shows as a shape error inside its module: the attributes there that hold an old size are tried with the
+sizes it became, and an edit stays when the replay gets further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cpd_fast.comb.labels import LabelCheck
+from cpd_fast.comb.planes import Plane
+from cpd_fast.comb.trace import Tracer, clone_to_meta, run_trace, tensor_names
+from cpd_fast.compact.shrink import box_shape
+from cpd_fast.errors import CompactError
+from cpd_fast.types import ChannelGraph, PrunePlan
+
+
+def repair_known(model: nn.Module, graph: ChannelGraph, alive: np.ndarray) -> None:
+    """Sizes of PyTorch's own layers (and their subclasses), from their tensors' new shapes."""
+    norm_sizes = {s.module: int(alive[s.channels].sum()) for s in graph.norm_sites if s.channels.ndim == 1}
+    for name, m in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(m, nn.modules.conv._ConvNd):
+            _repair_conv(m, graph, alive, graph.aliases.get(f"{prefix}weight", f"{prefix}weight"))
+        elif isinstance(m, nn.Linear):
+            m.out_features, m.in_features = m.weight.shape
+        elif isinstance(m, nn.modules.batchnorm._NormBase):
+            t = m.weight if m.weight is not None else m.running_mean
+            if t is not None:
+                m.num_features = len(t)
+        elif isinstance(m, nn.GroupNorm):
+            if m.weight is not None:
+                m.num_channels = len(m.weight)
+            elif name in norm_sizes:
+                m.num_channels = norm_sizes[name]
+        elif isinstance(m, nn.PReLU):
+            m.num_parameters = m.weight.numel()
+        elif isinstance(m, nn.Embedding):
+            m.num_embeddings, m.embedding_dim = m.weight.shape
+        elif hasattr(m, "normalized_shape"):
+            weight = getattr(m, "weight", None)
+            if weight is not None:
+                m.normalized_shape = tuple(weight.shape)
+            elif name in norm_sizes:
+                m.normalized_shape = (norm_sizes[name],)
+
+
+def _repair_conv(m: nn.modules.conv._ConvNd, graph: ChannelGraph, alive: np.ndarray, weight: str) -> None:
+    tensor = graph.tensors.get(weight)
+    groups = m.groups
+    if tensor is not None and groups > 1:  # conv groups that keep a row
+        rows = np.ones(tensor.shape[0], bool)
+        for ids in tensor.maps:
+            if ids.shape[0] > 1:
+                rows &= alive[ids].any(tuple(range(1, ids.ndim)))
+        groups = int(rows.reshape(m.groups, -1).any(1).sum())
+    first, second = m.weight.shape[:2]
+    m.groups = groups
+    if m.transposed:
+        m.in_channels, m.out_channels = first, second * groups
+    else:
+        m.out_channels, m.in_channels = first, second * groups
+
+
+@dataclass
+class Replay:
+    """How far a replay came: ``error`` is None when it came to the end and every channel met its own."""
+
+    n_ops: int
+    module: str
+    error: Exception | None
+
+
+class Replayer:
+    """Replays a compacted model; made once a compaction, run once an edit."""
+
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, alive: np.ndarray, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._model, self._graph, self._args, self._kwargs = model, graph, args, kwargs
+        self._planes = {name: _kept_planes(t.maps, t.shape, alive) for name, t in graph.tensors.items()}
+
+    def run(self) -> Replay:
+        """One label-checked forward on meta tensors, in eval mode."""
+        clone = clone_to_meta(self._model).eval()
+        ids, _ = tensor_names(clone)
+        tracer = Tracer(LabelCheck(), ids, dict(self._planes), heads=False)
+        tracer.on_unknown = "freeze"
+        try:
+            run_trace(clone, self._args, self._kwargs, tracer)
+        except Exception as e:
+            return Replay(tracer.n_ops, tracer.module, e)
+        if tracer.output_shapes != self._graph.output_shapes:
+            error = CompactError(f"output shapes {tracer.output_shapes}, expected {self._graph.output_shapes}")
+            return Replay(tracer.n_ops, "", error)
+        return Replay(tracer.n_ops, "", None)
+
+
+def _kept_planes(maps: tuple[np.ndarray, ...], shape: tuple[int, ...], alive: np.ndarray) -> list[Plane]:
+    """The planes of a compacted tensor: surviving channel ids, and unknown labels on the other dims."""
+    if all(sum(s > 1 for s in m.shape) <= 1 for m in maps):
+        index = {}
+        for m in maps:
+            dim = int(np.argmax(m.shape))
+            index[dim] = index.get(dim, True) & alive[m.reshape(-1)]
+        new_shape = [int(index[d].sum()) if d in index else s for d, s in enumerate(shape)]
+        cut = [m.compress(index[d], d) for m in maps for d in [int(np.argmax(m.shape))]]
+    else:
+        keep = np.ones(shape, bool)
+        for m in maps:
+            keep &= alive[m]
+        new_shape = box_shape(keep)
+        cut = [np.broadcast_to(m, shape)[keep].reshape(new_shape) for m in maps]
+        cut = [
+            c[tuple(slice(None) if s > 1 else slice(0, 1) for s in m.shape)] for c, m in zip(cut, maps, strict=True)
+        ]
+    planes, covered = [], set()
+    for labels, m in zip(cut, maps, strict=True):
+        varying = [d for d, s in enumerate(m.shape) if s > 1]
+        covered.update(varying)
+        planes.append(Plane(np.ascontiguousarray(labels), varying[-1] if varying else 0))
+    for d, s in enumerate(new_shape):
+        if d not in covered and s > 1:
+            planes.append(Plane(np.full([s if i == d else 1 for i in range(len(new_shape))], -1), d))
+    return planes
+
+
+def repair(model: nn.Module, graph: ChannelGraph, plan: PrunePlan, replayer: Replayer) -> None:
+    """Edit attributes of custom modules until the replay succeeds.
+
+    Raises:
+        CompactError: When no edit gets the replay further; names the module, the failing call and what was tried.
+    """
+    sizes = _Sizes(graph, plan)
+    result = replayer.run()
+    for _ in range(200):
+        if result.error is None:
+            return
+        better = _improve(model, sizes, replayer, result)
+        if better is None:
+            module = model.get_submodule(result.module) if result.module else model
+            raise CompactError(
+                f"{result.module or 'the model'} ({type(module).__name__}): the compacted forward fails: "
+                f"{result.error}. Its forward holds a size that cpd_fast could not repair; keep the module whole with "
+                "comb(..., ignore=[...])"
+            ) from result.error
+        result = better
+    raise CompactError("attribute repair does not end; keep the failing modules whole with comb(..., ignore=[...])")
+
+
+@dataclass(frozen=True)
+class _Edit:
+    attribute: str
+    value: Any
+
+
+def _improve(model: nn.Module, sizes: _Sizes, replayer: Replayer, before: Replay) -> Replay | None:
+    """Find the edit at the failing module, or at one that holds it, that gets the replay furthest."""
+    path = before.module
+    while True:
+        module = model.get_submodule(path) if path else model
+        edits = list(sizes.edits(path, module))
+        best: tuple[Replay, tuple[_Edit, ...]] | None = None
+        for n in (1, 2):
+            for chosen in combinations(edits, n):
+                if len({e.attribute for e in chosen}) < n:
+                    continue
+                with _Applied(module, chosen):
+                    after = replayer.run()
+                done = after.error is None
+                if done or after.n_ops > before.n_ops:
+                    if best is None or done or after.n_ops > best[0].n_ops:
+                        best = (after, chosen)
+                    if done:
+                        break
+            if best is not None:
+                break
+        if best is not None:
+            _Applied(module, best[1]).__enter__()
+            if best[0].error is None:
+                return best[0]
+            return _repeat_on_class(model, module, best[1], sizes, replayer, best[0])
+        if not path:
+            return None
+        path = path.rpartition(".")[0]
+
+
+def _repeat_on_class(
+    model: nn.Module, module: nn.Module, edits: tuple[_Edit, ...], sizes: _Sizes, replayer: Replayer, reached: Replay
+) -> Replay:
+    """Other modules of the class likely need the same attributes edited: try all of them at once."""
+    names = {e.attribute for e in edits}
+    applied = []
+    for path, other in model.named_modules():
+        if other is module or type(other) is not type(module):
+            continue
+        own = [e for e in sizes.edits(path, other) if e.attribute in names]
+        if len({e.attribute for e in own}) == len(own):
+            applied.append(_Applied(other, tuple(own)))
+            applied[-1].__enter__()
+    after = replayer.run()
+    if after.error is None or after.n_ops >= reached.n_ops:
+        return after
+    for a in applied:
+        a.__exit__()
+    return reached
+
+
+class _Applied:
+    """Edits of a module's attributes, taken back on exit."""
+
+    def __init__(self, module: nn.Module, edits: tuple[_Edit, ...]) -> None:
+        self._module, self._edits = module, edits
+        self._old = {e.attribute: getattr(module, e.attribute) for e in edits}
+
+    def __enter__(self) -> None:
+        for e in self._edits:
+            setattr(self._module, e.attribute, e.value)
+
+    def __exit__(self, *_: Any) -> None:
+        for name, value in self._old.items():
+            setattr(self._module, name, value)
+
+
+class _Sizes:
+    """Which old sizes became which new ones, around each module."""
+
+    def __init__(self, graph: ChannelGraph, plan: PrunePlan) -> None:
+        self._by_tensor: dict[str, set[tuple[int, int]]] = {}
+        alive = graph.alive(plan)
+        blocks: dict[str, set[tuple[int, int]]] = {}
+        for g in graph.groups:
+            kept = len(plan.get(g.name, range(g.n_channels)))
+            n_blocks = len(g.blocks)
+            pairs = {(g.n_channels // n_blocks, kept // n_blocks), (g.n_channels, kept)}
+            for s in g.slices:
+                blocks.setdefault(s.param, set()).update(pairs)
+        for name, t in graph.tensors.items():
+            pairs = set(blocks.get(name, ()))
+            for m in t.maps:
+                for d, size in enumerate(m.shape):
+                    if size > 1 and m.size == size:
+                        pairs.add((size, int(alive[m.reshape(-1)].sum())))
+            self._by_tensor[name] = {(a, b) for a, b in pairs if a != b}
+
+    def around(self, path: str) -> set[tuple[int, int]]:
+        """(old, new) sizes on tensors of a module and of what it holds."""
+        prefix = f"{path}." if path else ""
+        return set().union(*(p for n, p in self._by_tensor.items() if n.startswith(prefix)), set())
+
+    def edits(self, path: str, module: nn.Module) -> Iterator[_Edit]:
+        """Integer attributes (and tuples of them) that hold an old size, with what it became."""
+        pairs = self.around(path)
+        for name, value in vars(module).items():
+            if name.startswith("_") or isinstance(value, bool):
+                continue
+            if isinstance(value, int):
+                yield from (_Edit(name, new) for old, new in sorted(pairs) if old == value)
+            elif isinstance(value, (tuple, list, torch.Size)) and value and all(type(v) is int for v in value):
+                for old, new in sorted(pairs):
+                    if old in value:
+                        yield _Edit(name, type(value)([new if v == old else v for v in value]))

@@ -1,0 +1,75 @@
+"""Cut tensors down to their surviving elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpd_fast.types import TensorMap
+
+Cut = Callable[[Tensor], Tensor]
+
+
+def make_cut(tensor: TensorMap, alive: np.ndarray) -> Cut | None:
+    """A function that removes the dead elements of a tensor of this shape (and of its gradient, its momentum ...).
+
+    Args:
+        tensor: Channel maps of the tensor.
+        alive: Which channels survive, as ``ChannelGraph.alive`` gives it.
+
+    Returns:
+        The cut, or None where everything survives. Memory format and dtype are kept.
+    """
+    maps = [m for m in tensor.maps if not alive[m].all()]
+    if not maps:
+        return None
+    if all(sum(s > 1 for s in m.shape) <= 1 for m in maps):
+        kept = {}
+        for m in maps:
+            dim = int(np.argmax(m.shape))
+            index = np.flatnonzero(alive[m.reshape(-1)])
+            kept[dim] = np.intersect1d(kept[dim], index) if dim in kept else index
+        indices = {dim: torch.from_numpy(np.ascontiguousarray(i)) for dim, i in kept.items()}
+
+        def cut(t: Tensor) -> Tensor:
+            out = t
+            for dim, index in indices.items():
+                out = out.index_select(dim, index.to(t.device))
+            return _like(t, out)
+
+        return cut
+    keep = np.ones(tensor.shape, bool)
+    for m in maps:
+        keep &= alive[m]
+    shape = box_shape(keep)
+    mask = torch.from_numpy(keep)
+
+    def cut_grid(t: Tensor) -> Tensor:
+        return _like(t, t[mask.to(t.device)].reshape(shape))
+
+    return cut_grid
+
+
+def box_shape(keep: np.ndarray) -> list[int]:
+    """Shape of what remains: rows may keep different columns, but equally many."""
+    shape = []
+    for d in range(keep.ndim):
+        counts = np.unique(keep.sum(d))
+        counts = counts[counts > 0]
+        other = keep.any(tuple(a for a in range(keep.ndim) if a != d)).sum()
+        shape.append(int(counts[0]) if len(counts) == 1 else int(other))
+    total = int(keep.sum())
+    if int(np.prod(shape)) != total:
+        raise AssertionError(f"{total} elements remain, which is not a box of shape {shape}")
+    return shape
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """``new`` contiguous, in the memory format of ``old``."""
+    for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if old.dim() == rank and old.is_contiguous(memory_format=layout) and not old.is_contiguous():
+            return new.contiguous(memory_format=layout)
+    return new.contiguous()
