@@ -1,0 +1,78 @@
+"""cpd_fast: prune any PyTorch vision network to a physically smaller, faster one.
+
+    comb -> score -> plan -> (masked) train with distillation -> compact -> export
+
+Importing the package starts no CUDA context; file formats, exporters and recipes load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from cpd_fast import losses, ops
+from cpd_fast.comb import comb
+from cpd_fast.compact import compact
+from cpd_fast.errors import CpdError
+from cpd_fast.pipeline import cost
+from cpd_fast.prune import attach_masks, masked
+from cpd_fast.schedule import plan, random_plan, uniform_plan
+from cpd_fast.score import BNScale, GroupFisher, HessianTrace, Magnitude, Random, Taylor, score
+from cpd_fast.types import ChannelGraph, Cost, CoupledGroup, ParamSlice, PrunePlan, Scores, Target
+
+if TYPE_CHECKING:
+    from cpd_fast import recipes
+    from cpd_fast.export import export_onnx, latency
+    from cpd_fast.pruner import Pruner
+    from cpd_fast.schedule import Greedy
+    from cpd_fast.store import load, save
+
+__version__ = "0.1.0"
+
+_LAZY = {"Pruner": "pruner", "Greedy": "schedule", "save": "store", "load": "store", "export_onnx": "export", "latency": "export", "recipes": "recipes"}
+
+__all__ = [
+    "BNScale",
+    "ChannelGraph",
+    "Cost",
+    "CoupledGroup",
+    "CpdError",
+    "Greedy",
+    "GroupFisher",
+    "HessianTrace",
+    "Magnitude",
+    "ParamSlice",
+    "PrunePlan",
+    "Pruner",
+    "Random",
+    "Scores",
+    "Target",
+    "Taylor",
+    "attach_masks",
+    "comb",
+    "compact",
+    "cost",
+    "export_onnx",
+    "latency",
+    "load",
+    "losses",
+    "masked",
+    "ops",
+    "plan",
+    "random_plan",
+    "recipes",
+    "save",
+    "score",
+    "uniform_plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'cpd_fast' has no attribute {name!r}")
+    module = importlib.import_module(f"cpd_fast.{_LAZY[name]}")
+    return module if name == "recipes" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
