@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,27 @@ from torch import Tensor, nn
 
 from cpd_fast.types import ChannelGraph, CostTerm, CoupledGroup, ParamSlice, TensorMap
 
-Axis = "str | tuple[str, int]"  # a group's name, or (name, k): every channel owns k consecutive indices
+
+def hand_graph(
+    groups: Sequence[CoupledGroup],
+    tensors: Mapping[str, TensorMap],
+    terms: Sequence[CostTerm] = (),
+    untouched: int = 0,
+    fingerprint: str = "hand",
+) -> ChannelGraph:
+    """A graph without norms, scales, ties or known inputs."""
+    return ChannelGraph(
+        groups=tuple(groups),
+        tensors=tensors,
+        terms=tuple(terms),
+        norm_sites=(),
+        scale_sites=(),
+        aliases={},
+        fingerprint=fingerprint,
+        inputs=((), {}),
+        output_shapes=(),
+        untouched=untouched,
+    )
 
 
 def build_graph(
@@ -87,7 +108,7 @@ def build_graph(
     )
     params = dict(model.named_parameters()) if model is not None else {}
     untouched = sum(p.numel() for k, p in params.items() if k not in tensors)
-    return ChannelGraph(made, tensors, tuple(terms), (), (), {}, fingerprint, ((),), untouched)
+    return hand_graph(made, tensors, tuple(terms), untouched, fingerprint)
 
 
 class TwoConv(nn.Module):
@@ -197,6 +218,4 @@ def grouped(seed: int = 0) -> tuple[Grouped, ChannelGraph]:
     )
     weight = graph.tensors["conv2.weight"]
     term = CostTerm("macs", "conv2", 64 * 9, tuple(m.reshape(m.shape[:2]) for m in weight.maps))
-    return model, ChannelGraph(
-        graph.groups, graph.tensors, (*graph.terms, term), (), (), {}, "hand", ((),), graph.untouched
-    )
+    return model, replace(graph, terms=(*graph.terms, term))

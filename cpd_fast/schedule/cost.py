@@ -38,9 +38,11 @@ def plan_cost(graph: ChannelGraph, plan: PrunePlan | None = None) -> Cost:
         PlanError: If the plan names a group that the graph does not have.
 
     Example:
-        >>> graph = ChannelGraph((), {}, (), (), (), {}, "empty", (), untouched=7)
-        >>> plan_cost(graph)
-        Cost(params=7, macs=0, activation_bytes=0)
+        >>> import torch, cpd_fast as cpd
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = cpd.comb(model, torch.zeros(1, 4))
+        >>> plan_cost(graph, cpd.random_plan(graph, keep=0.5)).macs
+        24
     """
     for name in plan or ():
         graph[name]  # a clear error for unknown groups

@@ -85,12 +85,11 @@ def plan(
     Source: global threshold as in Yu et al., arXiv:2101.08940 (HAP); balance as a removal unit is ours.
 
     Example:
-        >>> from cpd_fast.types import TensorMap
-        >>> group = CoupledGroup("fc1", "fc1", 4, 0, ())
-        >>> weight = TensorMap("fc1.weight", (4, 10), (np.arange(4)[:, None],))
-        >>> graph = ChannelGraph((group,), {"fc1.weight": weight}, (), (), (), {}, "tiny", (), 0)
-        >>> plan(graph, {"fc1": torch.tensor([3.0, 1.0, 4.0, 2.0])}, Target(params=0.5))["fc1"]
-        (0, 2)
+        >>> import cpd_fast as cpd
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = cpd.comb(model, torch.zeros(1, 4))
+        >>> plan(graph, {"0": torch.arange(8.0)}, Target(macs=0.5))["0"]
+        (4, 5, 6, 7)
     """
     _check_arguments(round_to, min_channels, normalize, per_cost)
     if start is not None:
@@ -116,7 +115,7 @@ def plan(
     if holds(0):
         return taken(0)
     if not holds(high):
-        raise _unreachable(graph, limits, taken(high), round_to)
+        raise PlanError(_unreachable(graph, limits, taken(high), round_to))
     low = 0
     while high - low > 1:
         middle = (low + high) // 2
@@ -143,9 +142,11 @@ def uniform_plan(
         PlanError: If nothing is prunable or an argument is out of range.
 
     Example:
-        >>> graph = ChannelGraph((CoupledGroup("fc1", "fc1", 4, 0, ()),), {}, (), (), (), {}, "tiny", (), 0)
-        >>> uniform_plan(graph, {"fc1": torch.tensor([3.0, 1.0, 4.0, 2.0])}, keep=0.75)["fc1"]
-        (0, 2, 3)
+        >>> import cpd_fast as cpd
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = cpd.comb(model, torch.zeros(1, 4))
+        >>> uniform_plan(graph, {"0": torch.arange(8.0)}, keep=0.25)["0"]
+        (6, 7)
     """
     _check_arguments(round_to, 1, "none", None)
     units = _units(graph, _score_arrays(graph, scores, "none"), graph.alive(None), 1, 1.0, 1)
@@ -170,9 +171,11 @@ def random_plan(
         PlanError: If nothing is prunable or an argument is out of range.
 
     Example:
-        >>> graph = ChannelGraph((CoupledGroup("fc1", "fc1", 6, 0, ()),), {}, (), (), (), {}, "tiny", (), 0)
-        >>> len(random_plan(graph, keep=0.5)["fc1"])
-        3
+        >>> import cpd_fast as cpd
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = cpd.comb(model, torch.zeros(1, 4))
+        >>> len(random_plan(graph, keep=0.5)["0"])
+        4
     """
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     noise = torch.rand(graph.n_channels, generator=generator, dtype=torch.float64)
@@ -311,7 +314,7 @@ def _limits(graph: ChannelGraph, target: Target, latency: Latency | None) -> lis
     return limits
 
 
-def _unreachable(graph: ChannelGraph, limits: list[_Limit], least: PrunePlan, round_to: int) -> PlanError:
+def _unreachable(graph: ChannelGraph, limits: list[_Limit], least: PrunePlan, round_to: int) -> str:
     cost = plan_cost(graph, least)
     parts = []
     for limit in limits:
@@ -321,7 +324,7 @@ def _unreachable(graph: ChannelGraph, limits: list[_Limit], least: PrunePlan, ro
             parts.append(f"{limit.name}={limit.given:g} cannot be reached: {can} is the least")
     frozen = [g.name for g in graph.groups if not g.prunable]
     held = f"; frozen groups: {', '.join(frozen[:5])}{' ...' if len(frozen) > 5 else ''}" if frozen else ""
-    return PlanError(
+    return (
         f"{', '.join(parts)} with these groups, max_pruning_ratio, min_channels and round_to={round_to}{held}; "
         "raise the target or loosen these"
     )
@@ -340,7 +343,11 @@ def _check_arguments(round_to: int, min_channels: int, normalize: str, per_cost:
 
 
 def _score_arrays(graph: ChannelGraph, scores: Scores | Mapping[str, Tensor], normalize: str) -> dict[str, np.ndarray]:
-    """The scores of prunable groups, checked and normalised, float64 ``(n_channels,)``."""
+    """The scores of prunable groups, checked and normalised, float64 ``(n_channels,)``.
+
+    Raises:
+        ScoreError: If scores are missing, not finite, of the wrong shape, or of another model.
+    """
     info: Mapping[str, object] = {}
     if isinstance(scores, Scores):
         if scores.fingerprint != graph.fingerprint:

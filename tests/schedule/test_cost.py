@@ -6,8 +6,8 @@ import torch
 
 from cpd_fast.errors import PlanError
 from cpd_fast.schedule.cost import plan_cost
-from cpd_fast.types import ChannelGraph, Cost, CostTerm, CoupledGroup, PrunePlan, TensorMap
-from tests.helpers import Grouped, build_graph, grouped, two_conv
+from cpd_fast.types import Cost, CostTerm, CoupledGroup, PrunePlan, TensorMap
+from tests.helpers import Grouped, build_graph, grouped, hand_graph, two_conv
 
 
 def brute_force(graph, plan):
@@ -71,7 +71,7 @@ def test_random_maps_against_counting_every_element(seed):
     terms = tuple(
         CostTerm(("macs", "activation_bytes")[i % 2], "m", int(rng.integers(1, 9)), maps()) for i in range(12)
     )
-    graph = ChannelGraph((group,), tensors, terms, (), (), {}, "hand", (), 5)
+    graph = hand_graph((group,), tensors, terms, 5)
     for _ in range(4):
         kept = np.flatnonzero(rng.random(n) < 0.6)
         plan = PrunePlan({"g": kept}, "hand")

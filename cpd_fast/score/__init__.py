@@ -1,0 +1,22 @@
+"""How important each channel is: second order, first order, or from the weights alone."""
+
+from cpd_fast.score.criterion import Context, Criterion, quiet
+from cpd_fast.score.gradients import GroupFisher, Taylor
+from cpd_fast.score.hessian import HessianTrace
+from cpd_fast.score.score import merge_scores, score, unwrap
+from cpd_fast.score.weights import BNScale, Magnitude, Random
+
+__all__ = [
+    "BNScale",
+    "Context",
+    "Criterion",
+    "GroupFisher",
+    "HessianTrace",
+    "Magnitude",
+    "Random",
+    "Taylor",
+    "merge_scores",
+    "quiet",
+    "score",
+    "unwrap",
+]

@@ -1,0 +1,185 @@
+"""What every criterion is: a source of observations, one number a channel each, whose mean is the score."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cpd_fast.errors import ScoreError
+from cpd_fast.score._layout import Layout
+from cpd_fast.score._moments import Moments
+from cpd_fast.types import ChannelGraph, PrunePlan, Scores
+
+Closure = Callable[[], Tensor]
+
+
+class Context:
+    """A model seen through its channel graph: the parameters that channels own, and sums over them.
+
+    Args:
+        model: The model that the graph was combed from (or a copy of the same structure).
+        graph: Its channel graph.
+        generator: Source of probes; ``None`` is a fresh one on the CPU with seed 0.
+        plan: The plan under which the model runs, where it is masked.
+
+    Raises:
+        ScoreError: If the model lacks a parameter of the graph, has another shape, or no channel owns a parameter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        generator: torch.Generator | None = None,
+        plan: PrunePlan | None = None,
+    ) -> None:
+        self.model, self.graph, self.plan = model, graph, plan
+        self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
+        own = dict(model.named_parameters(remove_duplicate=False))
+        self.params: dict[str, nn.Parameter] = {}
+        for name in dict.fromkeys(s.param for g in graph.groups for s in g.slices):
+            described = graph.tensors[name]
+            if not described.is_parameter:
+                continue
+            if name not in own:
+                raise ScoreError(f"graph of another model: the model has no parameter {name}; comb this model")
+            if tuple(own[name].shape) != tuple(described.shape):
+                raise ScoreError(
+                    f"graph of another model: {name} has shape {tuple(own[name].shape)}, the graph expects "
+                    f"{tuple(described.shape)}; comb this model"
+                )
+            self.params[name] = own[name]
+        if not self.params:
+            raise ScoreError("no channel owns a parameter of this model: there is nothing to score")
+        self.layout = Layout(graph, self.params)
+        self.graph_is_checked = False  # HessianTrace: the autograd graph has no dead ends
+
+    @property
+    def tensors(self) -> list[nn.Parameter]:
+        """The scored parameters, in a fixed order."""
+        return list(self.params.values())
+
+    def moments(self) -> Moments:
+        """An empty accumulator for this graph."""
+        return Moments(self.graph.n_channels, self.layout.device)
+
+    def by_name(self, values: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+        """Values in the order of :attr:`tensors`, by parameter name."""
+        return dict(zip(self.params, values, strict=True))
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector over all channels by group name."""
+        return {g.name: vector[g.offset : g.offset + g.n_channels] for g in self.graph.groups}
+
+
+class Criterion(ABC):
+    """One way to say how important a channel is.
+
+    A subclass yields *observations*, ``(graph.n_channels,)`` by global channel id, larger = keep; their running mean is
+    the score, their spread its standard error. It keeps no state of its own, so one object can serve many models.
+
+    Attributes:
+        data: What it needs: ``"nothing"`` but the weights, ``"gradients"`` of an ordinary training step, or the
+            ``"loss"`` itself as a function that it may call.
+        normalize: How :func:`cpd_fast.plan` makes its groups comparable: ``"none"`` where scores are in units of the
+            loss.
+    """
+
+    data: ClassVar[str] = "loss"
+    normalize: ClassVar[str] = "none"
+
+    @abstractmethod
+    def observe(self, context: Context, closure: Closure | None) -> Iterator[Tensor]:
+        """Yield observations for one batch; ``closure()`` is its loss, built with the model."""
+
+    def from_gradients(self, context: Context, gradients: Mapping[str, Tensor | None]) -> Tensor:
+        """One observation from the gradients of a training step, ``None`` where a parameter has none.
+
+        Raises:
+            ScoreError: If this criterion needs more than gradients.
+        """
+        raise ScoreError(
+            f"{type(self).__name__} cannot be computed from the gradients of a training step; call "
+            "pruner.step(closure) with a closure that returns the loss, or use Taylor()"
+        )
+
+    def seeded(self) -> torch.Generator | None:
+        """The user's generator, where the criterion has one."""
+        return getattr(self, "generator", None)
+
+    def finish(self, context: Context, moments: Moments) -> Scores:
+        """Turn the observations into scores.
+
+        Raises:
+            ScoreError: If there were none, or a parameter's values were not finite (it is named).
+        """
+        bad = context.layout.bad_parameter()
+        count = int(moments.count)
+        if bad is not None and (count == 0 or not bool(torch.isfinite(moments.mean).all())):
+            raise ScoreError(
+                f"{type(self).__name__}: values of parameter {bad} are not finite; check the loss and the batches for "
+                "NaN, or lower the loss scale"
+            )
+        if count == 0:
+            raise ScoreError(f"{type(self).__name__}: no batches; give at least one")
+        spread = moments.stderr
+        return Scores(
+            context.split(self.transform(moments.mean)),
+            criterion=repr(self),
+            fingerprint=context.graph.fingerprint,
+            stderr=None if spread is None else {k: v.float().cpu() for k, v in context.split(spread).items()},
+            info={"observations": count, "normalize": self.normalize},
+        )
+
+    def transform(self, mean: Tensor) -> Tensor:
+        """Last step from the mean of the observations to the score."""
+        return mean
+
+
+def first_gradients(context: Context, closure: Closure, create_graph: bool = False) -> tuple[Tensor | None, ...]:
+    """Gradients of a checked loss with respect to the scored parameters; ``.grad`` is not touched."""
+    return torch.autograd.grad(checked(closure()), context.tensors, create_graph=create_graph, allow_unused=True)
+
+
+def checked(loss: Tensor) -> Tensor:
+    """The loss, if it is one.
+
+    Raises:
+        ScoreError: If it is not a finite scalar tensor with a graph.
+    """
+    if not isinstance(loss, Tensor):
+        raise ScoreError(f"the loss must be a scalar tensor, got {type(loss).__name__}; return the loss from loss_fn")
+    if loss.numel() != 1:
+        raise ScoreError(f"the loss must be a scalar, got shape {tuple(loss.shape)}; take its mean")
+    if not loss.requires_grad:
+        raise ScoreError(
+            "the loss has no graph: it does not depend on any parameter; compute it with this model, outside "
+            "torch.no_grad() and without .item() or .detach()"
+        )
+    if not bool(torch.isfinite(loss.detach()).all()):
+        raise ScoreError(f"the loss is {float(loss.detach()):g}; check the batch for NaN or lower the learning rate")
+    return loss.reshape(())
+
+
+@contextmanager
+def quiet(context: Context) -> Iterator[None]:
+    """Eval mode, gradients for every scored parameter, private global RNG; all as before afterwards."""
+    modes = [(m, m.training) for m in context.model.modules()]
+    frozen = [p for p in context.tensors if not p.requires_grad]
+    devices = sorted({p.device.index for p in context.model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            context.model.eval()
+            for p in frozen:
+                p.requires_grad_(True)
+            yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+        for m, training in modes:
+            m.training = training

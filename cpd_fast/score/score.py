@@ -1,0 +1,126 @@
+"""Score the channels of a model over batches of data; merge the scores of several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from cpd_fast.errors import ScoreError
+from cpd_fast.score._moments import Moments
+from cpd_fast.score.criterion import Context, Criterion, quiet
+from cpd_fast.score.hessian import HessianTrace
+from cpd_fast.types import ChannelGraph, Scores
+
+
+def score(
+    model: nn.Module,
+    graph: ChannelGraph,
+    batches: Iterable[Any] | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    criterion: Criterion | None = None,
+) -> Scores:
+    """Importance of every channel of every group, averaged over batches.
+
+    The model is used in eval mode (batch-norm statistics stand still) and left as it was: parameters and buffers bit
+    for bit, ``.grad``, training mode, ``requires_grad`` and the global random state. Frozen parameters are scored like
+    all others; parameters that the loss does not use score zero. Compiled and data-parallel wrappers
+    are looked through.
+
+    Args:
+        model: The model that ``graph`` was combed from; masks may be attached.
+        graph: Its channel graph.
+        batches: What ``loss_fn`` takes, one after the other; every batch weighs the same. Not needed by criteria that
+            look at weights only.
+        loss_fn: ``(model, batch) -> scalar loss``, a mean over the batch, with a graph.
+        criterion: ``HessianTrace(num_probes=1)`` where ``None``.
+
+    Returns:
+        fp32 ``(n_channels,)`` by group name, larger = keep; ``scores.stderr`` where there were two observations.
+
+    Raises:
+        ScoreError: If there are no batches, the loss is not a finite scalar with a graph, a value is not finite (the
+            parameter is named), or the graph belongs to another model.
+
+    Example:
+        >>> import cpd_fast as cpd
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> graph = cpd.comb(model, torch.zeros(1, 4))
+        >>> batches = [(torch.randn(16, 4), torch.randint(2, (16,)))]
+        >>> score(model, graph, batches, lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]))["0"].shape
+        torch.Size([8])
+    """
+    criterion = criterion if criterion is not None else HessianTrace()
+    model = unwrap(model)
+    context = Context(model, graph, criterion.seeded())
+    moments = context.moments()
+    with quiet(context):
+        if criterion.data == "nothing":
+            for observation in criterion.observe(context, None):
+                moments.add(observation)
+        else:
+            if batches is None or loss_fn is None:
+                raise ScoreError(f"{type(criterion).__name__} needs batches and loss_fn(model, batch) -> scalar loss")
+            for batch in batches:
+                for observation in criterion.observe(context, partial(loss_fn, model, batch)):
+                    moments.add(observation)
+    return criterion.finish(context, moments)
+
+
+def merge_scores(parts: Sequence[Scores]) -> Scores:
+    """The scores over all observations of several ranks or runs: weighted means and pooled standard errors.
+
+    Args:
+        parts: Scores of one criterion on one model, each fp32 ``(n_channels,)`` by group.
+
+    Returns:
+        What scoring all their batches in one call would have given, up to rounding (for signed criteria).
+
+    Raises:
+        ScoreError: If there are none, or they differ in model or criterion.
+
+    Example:
+        >>> one = Scores({"a": torch.tensor([1.0])}, criterion="t", fingerprint="f", info={"observations": 1})
+        >>> two = Scores({"a": torch.tensor([4.0])}, criterion="t", fingerprint="f", info={"observations": 2})
+        >>> merge_scores([one, two])["a"].tolist()
+        [3.0]
+    """
+    if not parts:
+        raise ScoreError("no scores to merge; give at least one")
+    first = parts[0]
+    for other in parts[1:]:
+        if (other.fingerprint, other.criterion, set(other)) != (first.fingerprint, first.criterion, set(first)):
+            raise ScoreError(
+                f"cannot merge {other.criterion} of model {other.fingerprint} with {first.criterion} of model "
+                f"{first.fingerprint}; merge scores of one criterion on one graph"
+            )
+    values, stderr, total = {}, {}, 0
+    for name in first:
+        moments = Moments(first[name].numel())
+        for part in parts:
+            n = int(part.info.get("observations", 1))
+            its = Moments(first[name].numel())
+            its.count += n
+            its.mean += part[name]
+            if name in part.stderr:
+                its.m2 += part.stderr[name].double() ** 2 * n * (n - 1)
+            moments.merge(its)
+        values[name], total = moments.mean, int(moments.count)
+        spread = moments.stderr
+        if spread is not None:
+            stderr[name] = spread.float()
+    info = {**first.info, "observations": total}
+    return Scores(values, criterion=first.criterion, fingerprint=first.fingerprint, stderr=stderr, info=info)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside compile and data-parallel wrappers (compiled graphs have no double backward)."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -1,0 +1,340 @@
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cpd_fast.errors import ScoreError
+from cpd_fast.score import HessianTrace, Taylor, score
+from cpd_fast.score.hessian import _probe
+from tests.helpers import build_graph, grouped, mlp, two_conv
+
+
+class Quadratic(nn.Module):
+    """loss = 1/2 sum a * w^2: the Hessian is diagonal."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.arange(1.0, 13).reshape(4, 3))
+        self.register_buffer("a", torch.linspace(-1, 3, 12).reshape(4, 3))
+
+    def forward(self):
+        return 0.5 * (self.a * self.w**2).sum()
+
+
+def quadratic():
+    model = Quadratic()
+    return model, build_graph(model, {"rows": {"n": 4}, "columns": {"n": 3}}, {"w": {0: "rows", 1: "columns"}})
+
+
+def data(*shape, classes, n=6, dtype=torch.float64):
+    g = torch.Generator().manual_seed(5)
+    return torch.randn(n, *shape, generator=g, dtype=dtype), torch.randint(classes, (n,), generator=g)
+
+
+def cross_entropy(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def true_scores(model, graph, batch):
+    """From the full Hessian, element by element: no probe, no layout."""
+    model.eval()
+    params = dict(model.named_parameters())
+    names, sizes = list(params), [p.numel() for p in params.values()]
+
+    def loss(flat):
+        parts = dict(
+            zip(names, [f.view(params[n].shape) for n, f in zip(names, flat.split(sizes), strict=True)], strict=True)
+        )
+        return F.cross_entropy(torch.func.functional_call(model, parts, (batch[0],)), batch[1])
+
+    flat = torch.cat([p.detach().reshape(-1) for p in params.values()])
+    diagonal = torch.autograd.functional.hessian(loss, flat).diagonal()
+    diag = {n: d.view(params[n].shape) for n, d in zip(names, diagonal.split(sizes), strict=True)}
+    out = {g.name: torch.zeros(g.n_channels, dtype=torch.float64) for g in graph.groups}
+    for g in graph.groups:
+        for s in g.slices:
+            if s.param not in params:
+                continue
+            sizes_ = [params[s.param].shape[d] for d in s.dims]
+            others = [d for d in range(params[s.param].dim()) if d not in s.dims]
+            h = diag[s.param].permute(*s.dims, *others).reshape(int(torch.tensor(sizes_).prod()), -1)
+            w = params[s.param].detach().permute(*s.dims, *others).reshape(h.shape)
+            for c in range(g.n_channels):
+                rows = torch.from_numpy(s.index[c])
+                out[g.name][c] += h[rows].sum() / (2 * h[rows].numel()) * w[rows].square().sum()
+    return out
+
+
+NETS = {
+    "mlp": (lambda: mlp(), (5,), 3),
+    "two_conv": (lambda: two_conv(act=nn.Tanh), (3, 8, 8), 4),
+    "grouped": (lambda: grouped(), (3, 5, 5), 4),
+}
+
+
+@pytest.mark.parametrize("engine", ["retained", "finite_difference"])
+def test_one_probe_is_exact_on_a_diagonal_hessian(engine):
+    model, graph = quadratic()
+    model.double()
+    scores = score(model, graph, [None], lambda m, _: m(), HessianTrace(1, engine=engine))
+    for name, dim in (("rows", 1), ("columns", 0)):
+        p = model.w.shape[dim]
+        expected = model.a.sum(dim) / (2 * p) * model.w.detach().square().sum(dim)
+        torch.testing.assert_close(scores[name].double(), expected, rtol=1e-6, atol=1e-7)
+    again = score(model, graph, [None], lambda m, _: m(), HessianTrace(1, engine=engine, signed=False))
+    assert torch.equal(again["rows"], scores["rows"].abs())
+    assert scores["rows"][0] < 0
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_mean_within_its_own_confidence_of_the_full_hessian(net):
+    make, shape, classes = NETS[net]
+    model, graph = make()
+    model.double()
+    batch = data(*shape, classes=classes)
+    truth = true_scores(model, graph, batch)
+    scores = score(model, graph, [batch], cross_entropy, HessianTrace(600))
+    z = torch.cat([(scores[n].double() - truth[n]) / scores.stderr[n].double().clamp(min=1e-12) for n in truth])
+    assert z.abs().max() < 4
+    assert 0.3 < z.square().mean() < 2  # unbiased, and the standard error is honest
+    assert scores.info["observations"] == 600
+
+
+def test_batches_average():
+    model, graph = mlp()
+    model.double()
+    a, b = data(5, classes=3), data(5, classes=3, n=9)
+    truth = {
+        n: (x + y) / 2
+        for (n, x), y in zip(true_scores(model, graph, a).items(), true_scores(model, graph, b).values(), strict=True)
+    }
+    scores = score(model, graph, [a, b], cross_entropy, HessianTrace(300))
+    for n in truth:
+        assert ((scores[n] - truth[n]).abs() / scores.stderr[n]).max() < 4
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_finite_difference_agrees_with_retained(net):
+    make, shape, classes = NETS[net]
+    model, graph = make()
+    model.double()
+    batch = data(*shape, classes=classes)
+    exact, near = (
+        score(model, graph, [batch], cross_entropy, HessianTrace(3, engine=e))
+        for e in ("retained", "finite_difference")
+    )
+    for n in exact:
+        torch.testing.assert_close(near[n], exact[n], rtol=1e-4, atol=1e-7)
+    if net == "grouped":
+        return  # a step across the kink of a ReLU is a jump of the gradient: rare, but large in fp32
+    model.float()
+    batch = (batch[0].float(), batch[1])
+    single = score(model, graph, [batch], cross_entropy, HessianTrace(3, engine="finite_difference"))
+    for n in exact:
+        torch.testing.assert_close(single[n], exact[n], rtol=0.05, atol=float(exact[n].abs().max()) * 0.01)
+
+
+def test_probes_are_signs_reproducible_and_independent_of_parameter_splits():
+    tensors = [torch.empty(3, 5), torch.empty(7, dtype=torch.float64), torch.empty(2, 4, 3, 3).half()]
+    one = _probe(tensors, torch.Generator().manual_seed(1))
+    two = _probe(tensors, torch.Generator().manual_seed(1))
+    assert [v.dtype for v in one] == [t.dtype for t in tensors]
+    assert all(torch.equal(a, b) and a.shape == t.shape for a, b, t in zip(one, two, tensors, strict=True))
+    flat = torch.cat([v.reshape(-1).double() for v in one])
+    (joint,) = _probe([torch.empty(flat.numel(), dtype=torch.float64)], torch.Generator().manual_seed(1))
+    assert torch.equal(flat, joint)
+    (many,) = _probe([torch.empty(400, 1000)], torch.Generator().manual_seed(2))
+    assert set(many.unique().tolist()) == {-1.0, 1.0}
+    assert abs(float(many.mean())) < 0.008  # five standard errors
+    columns = (many.T @ many / 400).fill_diagonal_(0).abs().max()
+    assert columns < 0.3
+
+
+def snapshot(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("criterion", [HessianTrace(2), HessianTrace(2, engine="finite_difference"), Taylor()], ids=str)
+def test_the_model_is_left_as_it_was(criterion):
+    model, graph = two_conv()
+    model.train()
+    model.bn1.eval()
+    model.conv1.weight.requires_grad_(False)
+    model.fc.weight.grad = torch.ones_like(model.fc.weight)
+    before, rng = snapshot(model), torch.get_rng_state()
+    batch = data(3, 8, 8, classes=4, dtype=torch.float32)
+
+    def noisy(m, b):
+        return cross_entropy(m, (b[0] + torch.rand(()), b[1]))
+
+    with torch.no_grad():
+        score(model, graph, [batch], noisy, criterion)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert model.training and not model.bn1.training and model.conv1.training
+    assert not model.conv1.weight.requires_grad and model.conv2.weight.requires_grad
+    assert torch.equal(model.fc.weight.grad, torch.ones_like(model.fc.weight))
+    assert model.conv1.weight.grad is None and model.conv2.weight.grad is None
+
+
+def test_frozen_parameters_score_as_if_they_were_not():
+    model, graph = two_conv()
+    batch = data(3, 8, 8, classes=4, dtype=torch.float32)
+    free = score(model, graph, [batch], cross_entropy, HessianTrace(2))
+    for p in model.conv1.parameters():
+        p.requires_grad_(False)
+    frozen = score(model, graph, [batch], cross_entropy, HessianTrace(2))
+    assert all(torch.equal(free[n], frozen[n]) for n in free)
+    assert free["conv1"].abs().sum() > 0
+
+
+def test_unused_parameters_score_zero():
+    model, graph = mlp()
+    for engine in ("retained", "finite_difference"):
+        scores = score(
+            model, graph, [torch.randn(4, 5)], lambda m, x: m[0](x).pow(2).mean(), HessianTrace(2, engine=engine)
+        )
+        assert scores["2"].abs().sum() == 0 and scores["0"].abs().sum() > 0
+
+
+def test_a_loss_linear_in_the_parameters_scores_zero():
+    model, graph = mlp(widths=(5, 4, 3))
+    scores = score(model, graph, [torch.randn(4, 5)], lambda m, x: m[0](x).sum(), HessianTrace(2))
+    assert scores["0"].abs().sum() == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_finite_difference_restores_bit_for_bit_when_interrupted(error):
+    model, graph = two_conv()
+    before, calls = snapshot(model), []
+
+    def loss(m, b):
+        calls.append({k: v.clone() for k, v in m.state_dict().items()})
+        if len(calls) == 3:
+            raise error("stop")
+        return cross_entropy(m, b)
+
+    batch = data(3, 8, 8, classes=4, dtype=torch.float32)
+    with pytest.raises(error):
+        score(model, graph, [batch], loss, HessianTrace(3, engine="finite_difference"))
+    assert not torch.equal(calls[1]["conv1.weight"], before["conv1.weight"])  # it was moved
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_restores_through_a_second_interrupt(monkeypatch):
+    model, graph = two_conv()
+    before, state = snapshot(model), {"left": 1, "calls": 0}
+    copy = torch.Tensor.copy_
+
+    def interrupted(self, *args):
+        if state["left"]:
+            state["left"] -= 1
+            raise KeyboardInterrupt
+        return copy(self, *args)
+
+    def loss(m, b):
+        state["calls"] += 1
+        if state["calls"] == 2:
+            monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+        return cross_entropy(m, b)
+
+    with pytest.raises(KeyboardInterrupt):
+        score(
+            model,
+            graph,
+            [data(3, 8, 8, classes=4, dtype=torch.float32)],
+            loss,
+            HessianTrace(1, engine="finite_difference"),
+        )
+    monkeypatch.undo()
+    assert state == {"left": 0, "calls": 2}
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0].mean(1))
+
+
+def test_fused_attention_has_a_double_backward_here():
+    torch.manual_seed(0)
+    model = Attention()
+    graph = build_graph(model, {"out": {"n": 6}}, {"out.weight": {1: "out"}, "qkv.weight": {1: "out"}})
+    batch = data(5, 6, classes=3, dtype=torch.float32)
+    scores = score(model, graph, [batch], cross_entropy, HessianTrace(2))
+    assert torch.isfinite(scores["out"]).all() and scores["out"].abs().sum() > 0
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * 2
+
+
+def test_errors():
+    model, graph = two_conv()
+    batch = data(3, 8, 8, classes=4, dtype=torch.float32)
+    cases = [
+        (lambda m, b: m(b[0]), r"the loss must be a scalar, got shape \(6, 4\)"),
+        (lambda m, b: 3.0, "the loss must be a scalar tensor, got float"),
+        (lambda m, b: cross_entropy(m, b).detach(), "the loss has no graph"),
+        (lambda m, b: cross_entropy(m, b) * float("nan"), "the loss is nan"),
+        (
+            lambda m, b: F.cross_entropy(OnceDifferentiable.apply(m(b[0])), b[1]),
+            "custom autograd.Function .*engine='fin",
+        ),
+        (lambda m, b: torch.cdist(m(b[0]), b[0][:, 0, 0, :4], p=3.0).mean(), "cdist.* has no double backward"),
+    ]
+    for loss, match in cases:
+        with pytest.raises(ScoreError, match=match):
+            score(model, graph, [batch], loss)
+    with pytest.raises(ScoreError, match="HessianTrace: no batches; give at least one"):
+        score(model, graph, [], cross_entropy)
+    with pytest.raises(ScoreError, match=r"HessianTrace needs batches and loss_fn"):
+        score(model, graph)
+    for bad, match in (
+        ({"num_probes": 0}, "num_probes must be at least 1"),
+        ({"engine": "x"}, "expected one of retained, "),
+        ({"step": -1.0}, "step must be positive"),
+    ):
+        with pytest.raises(ScoreError, match=match):
+            HessianTrace(**bad)
+    other, _ = mlp()
+    with pytest.raises(ScoreError, match="graph of another model: the model has no parameter conv1.weight"):
+        score(other, graph, [batch], cross_entropy)
+    model.conv1 = nn.Conv2d(3, 9, 3)
+    with pytest.raises(ScoreError, match=r"conv1.weight has shape \(9, 3, 3, 3\), the graph expects \(8, 3, 3, 3\)"):
+        score(model, graph, [batch], cross_entropy)
+
+
+def test_not_finite_names_the_parameter():
+    model, graph = mlp()
+
+    def loss(m, x):  # finite, but its curvature is not
+        return m(x).pow(2).mean() + (m[2].weight[0] * 0).abs().pow(0.5).sum()
+
+    with pytest.raises(ScoreError, match="HessianTrace: values of parameter 2.weight are not finite"):
+        score(model, graph, [torch.randn(4, 5)], loss)
+
+
+def test_wrappers_are_looked_through():
+    model, graph = mlp()
+    batch = data(5, classes=3, dtype=torch.float32)
+    plain = score(model, graph, [batch], cross_entropy)
+    with contextlib.suppress(Exception):
+        compiled = torch.compile(model, backend="eager")
+        assert all(torch.equal(v, plain[k]) for k, v in score(compiled, graph, [batch], cross_entropy).items())
+    wrapped = nn.DataParallel(model)
+    assert all(torch.equal(v, plain[k]) for k, v in score(wrapped, graph, [batch], cross_entropy).items())
