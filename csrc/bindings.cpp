@@ -46,6 +46,28 @@ void scale_rows(int dtype, uintptr_t grad, uintptr_t dstudent, int64_t outer, in
   cpd::scale_rows({cpd::Dtype(dtype), in(grad), out(dstudent), outer, reduce, inner, num_threads});
 }
 
+#ifdef CPD_WITH_CUDA
+void channel_kl_cuda(int dtype, uintptr_t student, uintptr_t teacher, uintptr_t grad, uintptr_t loss,
+                     uintptr_t dstudent, int64_t outer, int64_t reduce, int64_t inner, double inv_temperature,
+                     double loss_scale, double grad_scale, uintptr_t stream) {
+  check("channel_kl_cuda", dtype, outer, reduce, inner, 1);
+  if (outer == 0) return;
+  if (!student || !teacher) throw std::invalid_argument("channel_kl_cuda: student and teacher must not be null");
+  cpd::channel_kl_cuda({cpd::Dtype(dtype), in(student), in(teacher), in(grad), out(loss), out(dstudent), outer, reduce,
+                        inner, inv_temperature, loss_scale, grad_scale, 1},
+                       out(stream));
+}
+
+void scale_rows_cuda(int dtype, uintptr_t grad, uintptr_t dstudent, int64_t outer, int64_t reduce, int64_t inner,
+                     uintptr_t stream) {
+  check("scale_rows_cuda", dtype, outer, reduce, inner, 1);
+  if (dtype > 1) throw std::invalid_argument("scale_rows_cuda: fp32 or fp64 only");
+  if (outer == 0) return;
+  if (!grad || !dstudent) throw std::invalid_argument("scale_rows_cuda: grad and dstudent must not be null");
+  cpd::scale_rows_cuda({cpd::Dtype(dtype), in(grad), out(dstudent), outer, reduce, inner, 1}, out(stream));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -61,4 +83,8 @@ PYBIND11_MODULE(_native, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("channel_kl", &channel_kl, no_gil);
   m.def("scale_rows", &scale_rows, no_gil);
+#ifdef CPD_WITH_CUDA
+  m.def("channel_kl_cuda", &channel_kl_cuda, no_gil);
+  m.def("scale_rows_cuda", &scale_rows_cuda, no_gil);
+#endif
 }

@@ -34,4 +34,8 @@ struct ScaleRows {
 void channel_kl(const ChannelKl& args);
 void scale_rows(const ScaleRows& args);
 
+// The same on a GPU: pointers are the device's, stream is a cudaStream_t; num_threads is not used.
+void channel_kl_cuda(const ChannelKl& args, void* stream);
+void scale_rows_cuda(const ScaleRows& args, void* stream);
+
 }  // namespace cpd

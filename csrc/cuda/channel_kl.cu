@@ -1,0 +1,376 @@
+// KL between two softmaxes along one dim, and its gradient; formulas and meanings as in csrc/cpu/channel_kl.cpp.
+//
+// Three bodies. A row that fits a block's registers (reduce <= 16384) is read once: 3 units of traffic with its
+// gradient. Longer rows are swept twice: 5 units. Columns (inner > 1) run one to a thread, so that neighbours load
+// neighbours. All sums have a fixed order: the same bits from run to run. Exponentials are taken to base 2, T folded
+// into the factor.
+#include <algorithm>
+#include <type_traits>
+
+#include "channel_kl.h"
+#include "cuda/device.h"
+
+namespace cpd {
+namespace {
+
+template <class T>
+using compute_t = std::conditional_t<std::is_same<T, double>::value, double, float>;
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr int kElementsPerThread = 16;  // 2 x 16 fp32 values: 64 registers, no spills on sm_75 with 1024 threads
+constexpr int kColumnLanes = 32;
+
+template <class A>
+__device__ inline A neg_inf() {
+  return A(-INFINITY);
+}
+
+// x - base for a maximum that may be -inf: then x is -inf (or NaN) as well, and any finite base serves.
+template <class A>
+__device__ inline A difference(A x, A base) {
+  return base == neg_inf<A>() ? x : x - base;
+}
+
+__device__ inline float max_of(float x, float y) {
+  return fmaxf(x, y);
+}
+__device__ inline double max_of(double x, double y) {
+  return fmax(x, y);
+}
+__device__ inline float exp2_of(float x) {
+  return exp2f(x);
+}
+__device__ inline double exp2_of(double x) {
+  return exp2(x);
+}
+
+// Sums relative to the maxima ms, mt; a = sum et (y - x) in units of ln 2.
+template <class A>
+struct Stats {
+  A ms, mt, zs, zt, a;
+};
+
+template <class A>
+__device__ inline Stats<A> no_stats() {
+  return {neg_inf<A>(), neg_inf<A>(), A(0), A(0), A(0)};
+}
+
+// Bring sums to larger maxima.
+template <class A>
+__device__ inline void raise(Stats<A>& x, A ms, A mt, A c) {
+  const A shift_s = x.ms == neg_inf<A>() ? A(0) : (ms - x.ms) * c;
+  const A shift_t = x.mt == neg_inf<A>() ? A(0) : (mt - x.mt) * c;
+  const A fade = exp2_of(-shift_t);
+  x.a = fade == A(0) ? A(0) : fade * (x.a + x.zt * (shift_s - shift_t));
+  x.zs *= exp2_of(-shift_s);
+  x.zt *= fade;
+  x.ms = ms;
+  x.mt = mt;
+}
+
+template <class A>
+__device__ inline Stats<A> merge(Stats<A> x, Stats<A> y, A c) {
+  const A ms = max_of(x.ms, y.ms), mt = max_of(x.mt, y.mt);
+  raise(x, ms, mt, c);
+  raise(y, ms, mt, c);
+  return {ms, mt, x.zs + y.zs, x.zt + y.zt, x.a + y.a};
+}
+
+template <class A>
+__device__ inline void add(Stats<A>& x, A s, A t, A c) {
+  const A ms = max_of(x.ms, s), mt = max_of(x.mt, t);
+  if (ms > x.ms || mt > x.mt) raise(x, ms, mt, c);
+  const A ys = difference(s, ms) * c, yt = difference(t, mt) * c;
+  const A et = exp2_of(yt);
+  x.zs += exp2_of(ys);
+  x.zt += et;
+  x.a += et == A(0) ? A(0) : et * (yt - ys);
+}
+
+template <class A>
+__device__ inline bool is_empty(const Stats<A>& x) {
+  return (x.ms == neg_inf<A>() || x.mt == neg_inf<A>()) && x.zs == x.zs && x.zt == x.zt;
+}
+
+template <class A>
+__device__ inline A kl_of(const Stats<A>& x) {
+  return is_empty(x) ? A(0) : (x.a / x.zt + A(log2(x.zs / x.zt))) * A(kLn2);
+}
+
+template <class A>
+__device__ inline Stats<A> shuffle_down(const Stats<A>& x, int by) {
+  const unsigned all = 0xffffffffu;
+  return {__shfl_down_sync(all, x.ms, by), __shfl_down_sync(all, x.mt, by), __shfl_down_sync(all, x.zs, by),
+          __shfl_down_sync(all, x.zt, by), __shfl_down_sync(all, x.a, by)};
+}
+
+// Merge over a block of whole warps in a fixed order; every thread gets the result. Room: 32 Stats.
+template <class A>
+__device__ inline Stats<A> merge_block(Stats<A> x, A c, Stats<A>* room) {
+  for (int by = 16; by > 0; by /= 2) x = merge(x, shuffle_down(x, by), c);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  __syncthreads();  // room may still be read from the row before
+  if (lane == 0) room[warp] = x;
+  __syncthreads();
+  if (warp == 0) {
+    x = lane < warps ? room[lane] : no_stats<A>();
+    for (int by = 16; by > 0; by /= 2) x = merge(x, shuffle_down(x, by), c);
+    if (lane == 0) room[0] = x;
+  }
+  __syncthreads();
+  return room[0];
+}
+
+struct Numbers {
+  double log2e_over_t, loss_scale, grad_scale;
+};
+
+template <class A>
+struct Factors {
+  A student, teacher;
+};
+
+template <class A>
+__device__ inline Factors<A> gradient_factors(const Stats<A>& x, const A* grad, int64_t at, Numbers numbers) {
+  if (is_empty(x)) return {A(0), A(0)};
+  const A g = A(numbers.grad_scale) * (grad ? grad[at] : A(1));
+  return {g / x.zs, g / x.zt};
+}
+
+// ---- rows that fit in registers: thread i holds packs i, i + kThreads, ... ----
+
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    row_kernel(const T* student, const T* teacher, const float* grad, float* loss, T* dstudent, int64_t rows,
+               int reduce, bool aligned, Numbers numbers) {
+  constexpr int kPack = 16 / sizeof(T), kPacks = kElementsPerThread / kPack;
+  SHARED(Stats<float>, room, 32);
+  const float c = float(numbers.log2e_over_t), none = neg_inf<float>();
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const T* s_row = student + row * reduce;
+    const T* t_row = teacher + row * reduce;
+    float s[kElementsPerThread], t[kElementsPerThread];
+    Stats<float> x = no_stats<float>();
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int first = (p * kThreads + int(threadIdx.x)) * kPack;
+      if (aligned && first < reduce) {  // aligned rows are whole packs
+        const Pack<T> sp = *reinterpret_cast<const Pack<T>*>(s_row + first);
+        const Pack<T> tp = *reinterpret_cast<const Pack<T>*>(t_row + first);
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) {
+          s[p * kPack + j] = to_compute(sp.v[j]);
+          t[p * kPack + j] = to_compute(tp.v[j]);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) {
+          s[p * kPack + j] = first + j < reduce ? to_compute(s_row[first + j]) : none;
+          t[p * kPack + j] = first + j < reduce ? to_compute(t_row[first + j]) : none;
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kElementsPerThread; ++j) {
+      x.ms = fmaxf(x.ms, s[j]);
+      x.mt = fmaxf(x.mt, t[j]);
+    }
+    const float own_ms = x.ms, own_mt = x.mt;
+#pragma unroll
+    for (int j = 0; j < kElementsPerThread; ++j) {
+      const float ys = difference(s[j], own_ms) * c, yt = difference(t[j], own_mt) * c;
+      s[j] = exp2f(ys);
+      t[j] = exp2f(yt);
+      x.zs += s[j];
+      x.zt += t[j];
+      x.a += t[j] == 0.0f ? 0.0f : t[j] * (yt - ys);
+    }
+    x = merge_block(x, c, room);
+    if (loss && threadIdx.x == 0) loss[row] = float(numbers.loss_scale * kl_of(x));
+    if (dstudent == nullptr) continue;
+    // Exponentials are relative to the thread's own maxima: one more factor brings them to the row's.
+    Factors<float> f = gradient_factors(x, grad, row, numbers);
+    f.student = own_ms == none ? (x.zs == x.zs ? 0.0f : x.zs) : f.student * exp2f((own_ms - x.ms) * c);
+    f.teacher = own_mt == none ? (x.zt == x.zt ? 0.0f : x.zt) : f.teacher * exp2f((own_mt - x.mt) * c);
+    T* d_row = dstudent + row * reduce;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int first = (p * kThreads + int(threadIdx.x)) * kPack;
+      Pack<T> d;
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) {
+        d.v[j] = from_compute<T>(s[p * kPack + j] * f.student - t[p * kPack + j] * f.teacher);
+      }
+      if (aligned && first < reduce) {
+        *reinterpret_cast<Pack<T>*>(d_row + first) = d;
+      } else {
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) {
+          if (first + j < reduce) d_row[first + j] = d.v[j];
+        }
+      }
+    }
+  }
+}
+
+// ---- longer rows: two sweeps ----
+
+template <class T>
+__global__ void __launch_bounds__(1024)
+    long_row_kernel(const T* student, const T* teacher, const compute_t<T>* grad, compute_t<T>* loss, T* dstudent,
+                    int64_t rows, int64_t reduce, Numbers numbers) {
+  using A = compute_t<T>;
+  SHARED(Stats<A>, room, 32);
+  const A c = A(numbers.log2e_over_t);
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const T* s = student + row * reduce;
+    const T* t = teacher + row * reduce;
+    Stats<A> x = no_stats<A>();
+    for (int64_t j = threadIdx.x; j < reduce; j += blockDim.x) add(x, to_compute(s[j]), to_compute(t[j]), c);
+    x = merge_block(x, c, room);
+    if (loss && threadIdx.x == 0) loss[row] = A(numbers.loss_scale * kl_of(x));
+    if (dstudent == nullptr) continue;
+    const Factors<A> f = gradient_factors(x, grad, row, numbers);
+    T* d = dstudent + row * reduce;
+    for (int64_t j = threadIdx.x; j < reduce; j += blockDim.x) {
+      const A es = exp2_of(difference(to_compute(s[j]), x.ms) * c),
+              et = exp2_of(difference(to_compute(t[j]), x.mt) * c);
+      d[j] = from_compute<T>(es * f.student - et * f.teacher);
+    }
+  }
+}
+
+// ---- columns: threadIdx.x is the column, threadIdx.y shares its length ----
+
+template <class T>
+__global__ void __launch_bounds__(1024)
+    column_kernel(const T* student, const T* teacher, const compute_t<T>* grad, compute_t<T>* loss, T* dstudent,
+                  int64_t outer, int64_t reduce, int64_t inner, Numbers numbers) {
+  using A = compute_t<T>;
+  SHARED(Stats<A>, room, 1024);
+  const A c = A(numbers.log2e_over_t);
+  const int64_t tiles = (inner + kColumnLanes - 1) / kColumnLanes;
+  const int slot = threadIdx.y * kColumnLanes + threadIdx.x;
+  for (int64_t tile = blockIdx.x; tile < outer * tiles; tile += gridDim.x) {
+    const int64_t i = tile % tiles * kColumnLanes + threadIdx.x, o = tile / tiles;
+    const int64_t begin = o * reduce * inner + i;
+    Stats<A> x = no_stats<A>();
+    if (i < inner) {
+      for (int64_t r = threadIdx.y; r < reduce; r += blockDim.y) {
+        add(x, to_compute(student[begin + r * inner]), to_compute(teacher[begin + r * inner]), c);
+      }
+    }
+    __syncthreads();  // room may still be read from the tile before
+    room[slot] = x;
+    __syncthreads();
+    for (int by = blockDim.y / 2; by > 0; by /= 2) {
+      if (int(threadIdx.y) < by) room[slot] = merge(room[slot], room[slot + by * kColumnLanes], c);
+      __syncthreads();
+    }
+    x = room[threadIdx.x];
+    if (i >= inner) continue;
+    const int64_t column = o * inner + i;
+    if (loss && threadIdx.y == 0) loss[column] = A(numbers.loss_scale * kl_of(x));
+    if (dstudent == nullptr) continue;
+    const Factors<A> f = gradient_factors(x, grad, column, numbers);
+    for (int64_t r = threadIdx.y; r < reduce; r += blockDim.y) {
+      const int64_t at = begin + r * inner;
+      const A es = exp2_of(difference(to_compute(student[at]), x.ms) * c);
+      const A et = exp2_of(difference(to_compute(teacher[at]), x.mt) * c);
+      dstudent[at] = from_compute<T>(es * f.student - et * f.teacher);
+    }
+  }
+}
+
+// Incoming gradients of 1 are common (the loss was scaled ahead): such a row costs one read of its factor.
+template <class T>
+__global__ void scale_kernel(const T* grad, T* dstudent, int64_t outer, int64_t reduce, int64_t inner) {
+  for (int64_t row = blockIdx.x; row < outer * reduce; row += gridDim.x) {
+    const T* g = grad + row / reduce * inner;
+    for (int64_t i = threadIdx.x; i < inner; i += blockDim.x) {
+      if (g[i] != T(1)) dstudent[row * inner + i] *= g[i];
+    }
+  }
+}
+
+template <class T>
+__global__ void scale_row_kernel(const T* grad, T* dstudent, int64_t rows, int64_t reduce) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const T g = grad[row];
+    if (g == T(1)) continue;
+    for (int64_t j = threadIdx.x; j < reduce; j += blockDim.x) dstudent[row * reduce + j] *= g;
+  }
+}
+
+inline unsigned blocks_for(int64_t work) {
+  return unsigned(std::min<int64_t>(work, 0x7fffffff));
+}
+
+inline bool is_packed(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+template <class T>
+void run(const ChannelKl& args, void* stream) {
+  using A = compute_t<T>;
+  const T* student = static_cast<const T*>(args.student);
+  const T* teacher = static_cast<const T*>(args.teacher);
+  const A* grad = static_cast<const A*>(args.grad);
+  A* loss = static_cast<A*>(args.loss);
+  T* dstudent = static_cast<T*>(args.dstudent);
+  const Numbers numbers{args.inv_temperature * kLog2E, args.loss_scale, args.grad_scale};
+  if (args.inner > 1) {
+    const int64_t tiles = (args.inner + kColumnLanes - 1) / kColumnLanes;
+    const dim3 block(kColumnLanes, args.reduce >= 1024 ? 32 : 8);
+    return launch(column_kernel<T>, dim3(blocks_for(args.outer * tiles)), block, stream, student, teacher, grad, loss,
+                  dstudent, args.outer, args.reduce, args.inner, numbers);
+  }
+  const dim3 grid(blocks_for(args.outer));
+  if constexpr (!std::is_same<T, double>::value) {
+    const bool aligned = is_packed(student) && is_packed(teacher) && is_packed(dstudent) &&
+                         args.reduce * sizeof(T) % 16 == 0;  // a null dstudent is aligned
+    const auto in_registers = [&](auto kernel, int threads) {
+      launch(kernel, grid, dim3(threads), stream, student, teacher, grad, loss, dstudent, args.outer, int(args.reduce),
+             aligned, numbers);
+    };
+    if (args.reduce <= 128 * kElementsPerThread) return in_registers(row_kernel<T, 128>, 128);
+    if (args.reduce <= 512 * kElementsPerThread) return in_registers(row_kernel<T, 512>, 512);
+    if (args.reduce <= 1024 * kElementsPerThread) return in_registers(row_kernel<T, 1024>, 1024);
+  }
+  launch(long_row_kernel<T>, grid, dim3(1024), stream, student, teacher, grad, loss, dstudent, args.outer, args.reduce,
+         numbers);
+}
+
+template <class T>
+void scale(const ScaleRows& args, void* stream) {
+  const T* grad = static_cast<const T*>(args.grad);
+  T* dstudent = static_cast<T*>(args.dstudent);
+  if (args.inner == 1) {
+    return launch(scale_row_kernel<T>, dim3(blocks_for(args.outer)), dim3(256), stream, grad, dstudent, args.outer,
+                  args.reduce);
+  }
+  launch(scale_kernel<T>, dim3(blocks_for(args.outer * args.reduce)), dim3(256), stream, grad, dstudent, args.outer,
+         args.reduce, args.inner);
+}
+
+}  // namespace
+
+void channel_kl_cuda(const ChannelKl& args, void* stream) {
+  switch (args.dtype) {
+    case Dtype::kF32:
+      return run<float>(args, stream);
+    case Dtype::kF64:
+      return run<double>(args, stream);
+    case Dtype::kF16:
+      return run<__half>(args, stream);
+    case Dtype::kBF16:
+      return run<__nv_bfloat16>(args, stream);
+  }
+}
+
+void scale_rows_cuda(const ScaleRows& args, void* stream) {
+  if (args.dtype == Dtype::kF32) scale<float>(args, stream);
+  if (args.dtype == Dtype::kF64) scale<double>(args, stream);
+}
+
+}  // namespace cpd
