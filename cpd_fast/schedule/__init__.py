@@ -1,6 +1,7 @@
 """Which channels go: exact costs, global ranking under a target, and the ramp of a pruning run."""
 
 from cpd_fast.schedule.cost import plan_cost
+from cpd_fast.schedule.greedy import Greedy
 from cpd_fast.schedule.plan import plan, random_plan, uniform_plan
 
-__all__ = ["plan", "plan_cost", "random_plan", "uniform_plan"]
+__all__ = ["Greedy", "plan", "plan_cost", "random_plan", "uniform_plan"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,15 @@ from cpd_fast.score._moments import Moments
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores
 
 Closure = Callable[[], Tensor]
+
+
+@dataclass
+class _Masks:
+    """What a plan leaves of each parameter; made when first asked for."""
+
+    ready: bool = False
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    elements: Tensor | None = None
 
 
 class Context:
@@ -38,7 +48,8 @@ class Context:
         generator: torch.Generator | None = None,
         plan: PrunePlan | None = None,
     ) -> None:
-        self.model, self.graph, self.plan = model, graph, plan
+        self.model, self.graph = model, graph
+        self._plan, self._masks = plan, _Masks()
         self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
         own = dict(model.named_parameters(remove_duplicate=False))
         self.params: dict[str, nn.Parameter] = {}
@@ -58,6 +69,45 @@ class Context:
             raise ScoreError("no channel owns a parameter of this model: there is nothing to score")
         self.layout = Layout(graph, self.params)
         self.graph_is_checked = False  # HessianTrace: the autograd graph has no dead ends
+
+    @property
+    def plan(self) -> PrunePlan | None:
+        """The plan under which the model runs; set it when the masks change."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: PrunePlan | None) -> None:
+        self._plan, self._masks = plan, _Masks()
+
+    def _mask(self) -> _Masks:
+        if not self._masks.ready:
+            ones = {n: torch.ones((), device=w.device).expand(w.shape) for n, w in self.params.items()}
+            if self._plan:
+                alive = torch.from_numpy(self.graph.alive(self._plan))
+                for name, w in self.params.items():
+                    maps = [alive[torch.from_numpy(m)] for m in self.graph.tensors[name].maps]
+                    if not all(bool(m.all()) for m in maps):
+                        keep = maps[0]
+                        for m in maps[1:]:
+                            keep = keep & m
+                        self._masks.kept[name] = keep.to(w.device)
+                        ones[name] = self._masks.kept[name].expand(w.shape)
+            self._masks.elements = self.layout.cells(self.layout.reduce(ones)).clamp(min=1)
+            self._masks.ready = True
+        return self._masks
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The scored parameters by name, detached; zero where the plan removed them."""
+        kept = self._mask().kept
+        return {n: w.detach() * kept[n] if n in kept else w.detach() for n, w in self.params.items()}
+
+    @property
+    def elements(self) -> Tensor:
+        """How many remaining parameters each channel owns of each slice, at least 1: ``(n_cells,)``."""
+        elements = self._mask().elements
+        assert elements is not None
+        return elements
 
     @property
     def tensors(self) -> list[nn.Parameter]:

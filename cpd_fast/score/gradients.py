@@ -52,7 +52,7 @@ class Taylor(Criterion):
     def from_gradients(self, context: Context, gradients: Mapping[str, Tensor | None]) -> Tensor:
         """One observation from a training step's gradients, ``(n_channels,)``."""
         layout = context.layout
-        terms = layout.cells(layout.reduce_product(dict(context.params.items()), gradients)) ** 2
+        terms = layout.cells(layout.reduce_product(dict(context.weights), gradients)) ** 2
         weights = layout.mean_weights(lambda r: r.slice.produces)
         if self.normalize_cost:
             acts = _activations(context)
@@ -66,7 +66,7 @@ def _activations(context: Context) -> dict[str, float]:
     alive = context.graph.alive(context.plan)
     counts: dict[str, float] = {}
     for term in context.graph.terms:
-        if term.kind == "activation_bytes" and term.module in modules:
+        if term.kind == "activation_bytes" and term.module in modules and term.maps:
             keep = np.ones((), bool)
             for m in term.maps:
                 keep = keep & alive[m]
@@ -146,19 +146,26 @@ class _Gates(TorchFunctionMode):
         dim = -1 if func is _LINEAR else 1
         if x.dim() > 1:
             self._batch = min(x.shape[0], self._batch or x.shape[0])
-        if id(weight) in self._consumers and x.requires_grad:
+        key = self._parameter(weight)
+        if key in self._consumers and x.requires_grad:
             x = x.view_as(x)
-            uses = [
-                _Use(g, self._tensor(_inputs(s, weight, x.shape[dim])), dim) for g, s in self._consumers[id(weight)]
-            ]
+            uses = [_Use(g, self._tensor(_inputs(s, weight, x.shape[dim])), dim) for g, s in self._consumers[key]]
             self.tensors.append(x)
             self._uses.append(uses)
         y = func(x, weight, *args, **kwargs)
-        if id(weight) in self._producers and y.requires_grad:
+        if key in self._producers and y.requires_grad:
             y = y.view_as(y)
             self.tensors.append(y)
-            self._uses.append([_Use(g, self._tensor(s.index), dim) for g, s in self._producers[id(weight)]])
+            self._uses.append([_Use(g, self._tensor(s.index), dim) for g, s in self._producers[key]])
         return y
+
+    def _parameter(self, weight: Tensor) -> int:
+        """Identity of the parameter that a layer's weight is, or is made from in one step (mask, cast)."""
+        for node, _ in () if weight.grad_fn is None else weight.grad_fn.next_functions:
+            source = getattr(node, "variable", None)
+            if id(source) in self._consumers or id(source) in self._producers:
+                return id(source)
+        return id(weight)
 
     def _tensor(self, index: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(index)).to(self._context.layout.device)

@@ -76,8 +76,8 @@ class HessianTrace(Criterion):
         """Yield one observation a probe."""
         assert closure is not None
         layout = context.layout
-        weights = dict(context.params.items())
-        scale = layout.cells(layout.reduce_product(weights, weights)) / layout.per_cell(lambda r: 2.0 * r.elements)
+        weights = dict(context.weights)
+        scale = layout.cells(layout.reduce_product(weights, weights)) / (2 * context.elements)
         products = _retained if self.engine == "retained" else _finite_difference
         for v, hv in products(self, context, closure):
             traces = layout.cells(layout.reduce_product(context.by_name(v), context.by_name(hv)))

@@ -12,7 +12,7 @@ from cpd_fast.errors import ScoreError
 from cpd_fast.score._moments import Moments
 from cpd_fast.score.criterion import Context, Criterion, quiet
 from cpd_fast.score.hessian import HessianTrace
-from cpd_fast.types import ChannelGraph, Scores
+from cpd_fast.types import ChannelGraph, PrunePlan, Scores
 
 
 def score(
@@ -21,6 +21,7 @@ def score(
     batches: Iterable[Any] | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     criterion: Criterion | None = None,
+    plan: PrunePlan | None = None,
 ) -> Scores:
     """Importance of every channel of every group, averaged over batches.
 
@@ -36,6 +37,7 @@ def score(
             look at weights only.
         loss_fn: ``(model, batch) -> scalar loss``, a mean over the batch, with a graph.
         criterion: ``HessianTrace(num_probes=1)`` where ``None``.
+        plan: The plan under which ``model`` runs, where masks are attached: removed weights then count for nothing.
 
     Returns:
         fp32 ``(n_channels,)`` by group name, larger = keep; ``scores.stderr`` where there were two observations.
@@ -45,7 +47,7 @@ def score(
             parameter is named), or the graph belongs to another model.
 
     Example:
-        >>> import cpd_fast as cpd
+        >>> import torch, cpd_fast as cpd
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> graph = cpd.comb(model, torch.zeros(1, 4))
         >>> batches = [(torch.randn(16, 4), torch.randint(2, (16,)))]
@@ -54,7 +56,7 @@ def score(
     """
     criterion = criterion if criterion is not None else HessianTrace()
     model = unwrap(model)
-    context = Context(model, graph, criterion.seeded())
+    context = Context(model, graph, criterion.seeded(), plan)
     moments = context.moments()
     with quiet(context):
         if criterion.data == "nothing":
@@ -82,6 +84,7 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
         ScoreError: If there are none, or they differ in model or criterion.
 
     Example:
+        >>> import torch
         >>> one = Scores({"a": torch.tensor([1.0])}, criterion="t", fingerprint="f", info={"observations": 1})
         >>> two = Scores({"a": torch.tensor([4.0])}, criterion="t", fingerprint="f", info={"observations": 2})
         >>> merge_scores([one, two])["a"].tolist()

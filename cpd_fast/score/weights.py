@@ -41,7 +41,7 @@ class Magnitude(Criterion):
     def observe(self, context: Context, closure: Closure | None) -> Iterator[Tensor]:
         """Yield the one observation."""
         layout, params = context.layout, context.params
-        sums = layout.cells(layout.reduce({k: w.detach().abs().pow(self.p) for k, w in params.items()}))
+        sums = layout.cells(layout.reduce({k: w.abs().pow(self.p) for k, w in context.weights.items()}))
         yield layout.channels(sums * layout.mean_weights(lambda r: params[r.slice.param].dim() > 1))
 
 
@@ -85,8 +85,7 @@ class BNScale(Criterion):
                 f"BNScale: {len(lack)} prunable groups run through no normalisation with a scale: "
                 f"{', '.join(lack[:5])}; use another criterion or ignore them in comb"
             )
-        sums = layout.cells(layout.reduce({k: w.detach().abs() for k, w in context.params.items()}))
-        sums = sums / layout.per_cell(lambda r: r.elements)
+        sums = layout.cells(layout.reduce({k: w.abs() for k, w in context.weights.items()})) / context.elements
         yield layout.channels(sums * layout.mean_weights(chosen) * layout.per_cell(chosen))
 
 

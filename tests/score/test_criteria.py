@@ -58,8 +58,8 @@ def test_taylor_counts_remaining_activations_under_a_plan():
     g = grads_of(model, batch)
     dense = Taylor().from_gradients(Context(model, graph), g)
     half = Taylor().from_gradients(Context(model, graph, plan=PrunePlan({"conv1": [0, 1, 2, 3]}, "hand")), g)
-    torch.testing.assert_close(half[:8], dense[:8] * 2)
-    torch.testing.assert_close(half[8:], dense[8:])
+    torch.testing.assert_close(half[:4], dense[:4] * 2)
+    assert half[4:8].abs().sum() == 0
 
 
 class Gated(nn.Module):

@@ -1,0 +1,222 @@
+"""Pruning inside the user's own training loop: score, mask, and compact at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpd_fast.comb import comb
+from cpd_fast.compact import compact
+from cpd_fast.errors import PlanError, ScoreError
+from cpd_fast.prune import attach_masks
+from cpd_fast.schedule import Greedy, plan, plan_cost
+from cpd_fast.score import Context, Criterion, Taylor, quiet, unwrap
+from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
+
+_STATE_VERSION = 1
+
+
+class Pruner:
+    r"""Removes channels under masks while the user's own loop trains the model.
+
+    Call :meth:`step` between ``loss.backward()`` and ``optimizer.step()``. It accumulates importance; at the end of
+    every interval it masks the lowest channels along the schedule's ramp, until the target holds. The model object
+    stays the user's: from the first mask on its forward computes "as if removed", gradients of removed weights are
+    zero, and what the optimizer does to them is never seen. Channels that are masked stay masked.
+
+    Args:
+        model: The model that is trained; wrappers of DDP and compile are looked through.
+        example_inputs: A tensor, tuple or dict for one forward; costs are counted for it.
+        target: What may remain at the end.
+        criterion: ``Taylor()`` where None. First-order criteria read ``.grad`` at every step; the others (HessianTrace,
+            GroupFisher) call the closure given to :meth:`step` at the end of an interval.
+        schedule: ``Greedy()`` where None.
+        ignore: Modules or parameters that keep their shapes; see ``comb``.
+        on_unknown: What comb does at an operator without a rule, ``"error"`` or ``"freeze"``.
+        graph: The model's graph where it is at hand; comb is not run then.
+        options: ``round_to``, ``max_pruning_ratio``, ``min_channels``, ``normalize``, ``per_cost``, ``latency`` of
+            :func:`cpd_fast.plan`.
+
+    Attributes:
+        graph: The model's channel graph.
+        plan: What is kept now.
+        scores: The scores of the last interval, or None.
+        iteration: Steps taken.
+        done: Whether the target holds and nothing more will be removed.
+
+    Raises:
+        PlanError: If the target cannot be reached, nothing is prunable, or the graph belongs to another model.
+        UnsupportedOpError: If comb meets an operator without a rule.
+
+    Source: the training-time pruning of arXiv:2408.03046 (CPD), masks "as if removed" instead of zeros.
+
+    Example:
+        >>> import cpd_fast as cpd
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> pruner = Pruner(model, torch.zeros(1, 4), Target(macs=0.5), schedule=Greedy(interval=2, steps=2))
+        >>> while not pruner.done:
+        ...     loss = model(torch.randn(16, 4)).square().mean()
+        ...     loss.backward()
+        ...     changed = pruner.step()
+        ...     optimizer.step(); optimizer.zero_grad()
+        >>> pruner.compact(optimizer)[0].out_features
+        4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        target: Target,
+        criterion: Criterion | None = None,
+        schedule: Greedy | None = None,
+        ignore: Iterable[str | nn.Module] = (),
+        on_unknown: str = "error",
+        graph: ChannelGraph | None = None,
+        **options: Any,
+    ) -> None:
+        self.model = unwrap(model)
+        self.graph = graph if graph is not None else comb(self.model, example_inputs, ignore, on_unknown)
+        self.target = target
+        self.criterion = criterion if criterion is not None else Taylor()
+        self.schedule = schedule if schedule is not None else Greedy()
+        self.plan = PrunePlan({}, self.graph.fingerprint)
+        self.scores: Scores | None = None
+        self.iteration = 0
+        self._events = 0
+        self._options = options
+        # Fail now, not after hours: can any scores reach the target?
+        plan(self.graph, {g.name: torch.zeros(g.n_channels) for g in self.graph.groups}, target, **options)
+        self._dense = self._dense_costs()
+        self._context = Context(self.model, self.graph, self.criterion.seeded(), self.plan)
+        self._moments = self._context.moments()
+        self._masks = attach_masks(self.model, self.graph)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last removal has happened."""
+        return self._events >= self.schedule.steps
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> bool:
+        """Take the gradients of this iteration in; at the end of an interval remove channels.
+
+        Args:
+            closure: Returns the loss, built with the model, for criteria that need more than ``.grad``; it is called
+                at the end of an interval only, in eval mode, and must give the same loss when called again.
+
+        Returns:
+            Whether channels were removed now.
+
+        Raises:
+            ScoreError: If no parameter has a gradient, every gradient of an interval was not finite, or the criterion
+                needs a closure and there is none.
+        """
+        if self.done:
+            return False
+        if self.criterion.data == "loss" and closure is None and (self.iteration + 1) % self.schedule.interval == 0:
+            raise ScoreError(
+                f"{type(self.criterion).__name__} needs the loss itself: call pruner.step(closure) with a function "
+                "that returns the loss, or use criterion=Taylor()"
+            )
+        if self.criterion.data == "gradients":
+            self._observe_gradients()
+        self.iteration += 1
+        if self.iteration % self.schedule.interval:
+            return False
+        self._remove(closure)
+        return True
+
+    def _observe_gradients(self) -> None:
+        gradients = {name: p.grad for name, p in self._context.params.items()}
+        if all(g is None for g in gradients.values()):
+            raise ScoreError(
+                "no parameter has a gradient: call pruner.step() after loss.backward(), before zero_grad()"
+            )
+        # A step that a loss scaler will skip holds inf: it counts for nothing.
+        self._moments.add(self.criterion.from_gradients(self._context, gradients), skip_nonfinite=True)
+
+    def _remove(self, closure: Callable[[], Tensor] | None) -> None:
+        if self.criterion.data != "gradients":
+            with quiet(self._context):
+                for observation in self.criterion.observe(self._context, closure):
+                    self._moments.add(observation)
+        self.scores = self.criterion.finish(self._context, self._moments)
+        now = self.schedule.target(self._events + 1, self.target, self._dense)
+        self._apply(plan(self.graph, self.scores, now, start=self.plan, **self._options))
+        self._events += 1
+        self._moments = self._context.moments()
+
+    def _apply(self, new: PrunePlan) -> None:
+        self._masks.update(new)
+        self.plan = self._context.plan = new
+
+    def _dense_costs(self) -> dict[str, float]:
+        cost = plan_cost(self.graph)
+        values = {"params": cost.params, "macs": cost.macs, "memory": cost.activation_bytes}
+        if self.target.latency_ms is not None:
+            values["latency_ms"] = self._options["latency"](self.plan)
+        return {name: float(values[name]) for name in self.target.given}
+
+    def compact(self, optimizer: torch.optim.Optimizer | None = None, inplace: bool = False) -> nn.Module:
+        """The physically smaller model that the masked one computes.
+
+        Args:
+            optimizer: Carried along: its state and parameter groups then belong to the result.
+            inplace: Cut the user's own model instead of a copy.
+
+        Returns:
+            The compacted model; without ``inplace`` the pruner's model stays as it is, masks on.
+
+        Raises:
+            CompactError: If the result could not be proven equal; nothing was changed then.
+        """
+        self._masks.remove()
+        cut = False
+        try:
+            small = compact(self.model, self.graph, self.plan, optimizer=optimizer, inplace=inplace)
+            cut = inplace
+        finally:
+            if not cut:
+                self._masks.attach()
+        return small
+
+    def remove(self) -> None:
+        """Take the masks off the model; the pruner cannot step any further."""
+        self._masks.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to take the same decisions bit for bit: plain values and tensors.
+
+        The model's own weights and the optimizer's state are saved by the user as in any training.
+        """
+        return {
+            "version": _STATE_VERSION,
+            "fingerprint": self.graph.fingerprint,
+            "iteration": self.iteration,
+            "events": self._events,
+            "plan": self.plan.to_json(),
+            "moments": self._moments.state_dict(),
+            "generator": self._context.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken; the masks are put on at once.
+
+        Raises:
+            PlanError: If the state is of another model or of another version.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise PlanError(f"pruner state version {state.get('version')!r}, this cpd_fast reads {_STATE_VERSION}")
+        if state.get("fingerprint") != self.graph.fingerprint:
+            raise PlanError(
+                f"pruner state of another model: it has fingerprint {state.get('fingerprint')}, this model "
+                f"{self.graph.fingerprint}; make the pruner with the same model and arguments"
+            )
+        self._apply(PrunePlan.from_json(state["plan"], "pruner state"))
+        self.iteration, self._events = int(state["iteration"]), int(state["events"])
+        self._moments.load_state_dict(state["moments"])
+        self._context.generator.set_state(state["generator"])

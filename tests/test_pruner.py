@@ -1,0 +1,239 @@
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cpd_fast as cpd
+from cpd_fast.errors import PlanError, ScoreError
+from cpd_fast.pruner import Pruner
+from cpd_fast.schedule import Greedy, plan_cost
+from cpd_fast.score import BNScale, GroupFisher, HessianTrace, Magnitude, Random, Taylor
+from tests.helpers import Grouped, TwoConv
+
+X = torch.zeros(1, 3, 8, 8)
+
+
+def net(seed=0, make=TwoConv):
+    torch.manual_seed(seed)
+    return make()
+
+
+def batch(i, n=8):
+    g = torch.Generator().manual_seed(i)
+    return torch.randn(n, 3, 8, 8, generator=g), torch.randint(4, (n,), generator=g)
+
+
+def train(model, pruner, optimizer, steps, first=0):
+    for i in range(first, first + steps):
+        x, y = batch(i)
+        F.cross_entropy(model(x), y).backward()
+        pruner.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def removed(pruner):
+    return {(n, c) for n, kept in pruner.plan.items() for c in range(pruner.graph[n].n_channels) if c not in kept}
+
+
+CRITERIA = [
+    Taylor(),
+    HessianTrace(2),
+    HessianTrace(1, engine="finite_difference"),
+    GroupFisher(),
+    Magnitude(),
+    Random(),
+]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=str)
+@pytest.mark.parametrize("make", [TwoConv, Grouped])
+def test_reaches_the_target_step_by_step_and_compacts(make, criterion):
+    model = net(make=make)
+    pruner = Pruner(model, X, cpd.Target(macs=0.4), criterion, Greedy(interval=2, steps=4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    dense, gone = plan_cost(pruner.graph).macs, set()
+    for event in range(4):
+        assert not pruner.done
+        train(model, pruner, optimizer, 2, first=2 * event)
+        now = plan_cost(pruner.graph, pruner.plan).macs
+        assert now <= dense * (1 - 0.6 * (1 - (1 - (event + 1) / 4) ** 3)) * (1 + 1e-6)
+        assert removed(pruner) >= gone  # monotone
+        gone = removed(pruner)
+        pruner.plan.check(pruner.graph)
+    assert pruner.done and gone
+    train(model, pruner, optimizer, 2, first=8)
+    assert removed(pruner) == gone
+    x, _ = batch(99)
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        small = pruner.compact(optimizer).eval()
+        torch.testing.assert_close(small(x), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)  # still masked
+    assert sum(p.numel() for p in small.parameters()) == plan_cost(pruner.graph, pruner.plan).params
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in small.parameters()}
+
+
+def test_compact_in_place():
+    model = net()
+    pruner = Pruner(model, X, cpd.Target(params=0.5), schedule=Greedy(interval=1, steps=1))
+    train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    expected = model.eval()(batch(7)[0])
+    assert pruner.compact(inplace=True) is model
+    torch.testing.assert_close(model(batch(7)[0]), expected, rtol=1e-5, atol=1e-6)
+    assert model.conv1.out_channels < 8 or model.conv2.out_channels < 6
+
+
+@pytest.mark.parametrize("criterion", [Taylor(), HessianTrace(1), Random(torch.Generator().manual_seed(4))], ids=str)
+@pytest.mark.parametrize("stop", [3, 5, 6])
+def test_resumes_bit_for_bit(criterion, stop):
+    """Killed in the middle of an interval, at its end, or between: the same plan and the same weights."""
+    if isinstance(criterion, Random):
+        criterion.generator.manual_seed(4)
+
+    def start():
+        model = net()
+        made = Pruner(model, X, cpd.Target(macs=0.4), copy.deepcopy(criterion), Greedy(interval=3, steps=3))
+        return model, made, torch.optim.Adam(model.parameters(), lr=0.01)
+
+    model, pruner, optimizer = start()
+    train(model, pruner, optimizer, 9)
+    second, again, other = start()
+    train(second, again, other, stop)
+    file = io.BytesIO()
+    torch.save({"m": second.state_dict(), "p": again.state_dict(), "o": other.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    third, resumed, last = start()
+    third.load_state_dict(saved["m"])
+    last.load_state_dict(saved["o"])
+    resumed.load_state_dict(saved["p"])
+    assert resumed.plan == again.plan and resumed.iteration == stop
+    train(third, resumed, last, 9 - stop, first=stop)
+    assert resumed.done and resumed.plan == pruner.plan
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, third.state_dict()[k]), k
+
+
+def test_taylor_accumulates_what_training_computes():
+    """Two steps of an interval: the score is the mean of the two observations."""
+    model = net()
+    pruner = Pruner(model, X, cpd.Target(macs=0.5), Taylor(normalize_cost=False), Greedy(interval=2, steps=1))
+    name = next(g.name for g in pruner.graph.prunable_groups if g.n_channels == 6)
+    expected = torch.zeros(6)
+    for i in range(2):
+        x, y = batch(i)
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        w, b = model.conv2.weight, model.conv2.bias
+        expected += ((w * w.grad).flatten(1).sum(1) ** 2 + (b * b.grad) ** 2).detach() / 2 / 2
+        pruner.step()
+    torch.testing.assert_close(pruner.scores[name], expected, rtol=1e-5, atol=1e-12)
+
+
+def test_scores_under_masks_are_those_of_the_compacted_model():
+    """What is scored is the network that remains: same Hessian term, norms and parameter counts."""
+    model = net(make=lambda: TwoConv(nn.Tanh)).double()
+    x, y = batch(0)
+    x = x.double()
+    graph = cpd.comb(model, X.double())
+    plan = cpd.random_plan(graph, keep=0.6, generator=torch.Generator().manual_seed(1))
+    small = cpd.compact(model, graph, plan)
+    small_graph = cpd.comb(small, X.double())
+    masks = cpd.attach_masks(model, graph, plan)
+
+    def loss(m, _):
+        return F.cross_entropy(m(x), y)
+
+    exact = [HessianTrace(1500), GroupFisher(), Magnitude(), Taylor()]
+    for criterion in exact:
+        big = cpd.score(model, graph, [None], loss, criterion, plan=plan)
+        less = cpd.score(small, small_graph, [None], loss, criterion)
+        for name, kept in plan.items():
+            ours, theirs = big[name][list(kept)], less[name]
+            if isinstance(criterion, HessianTrace):
+                spread = (big.stderr[name][list(kept)] ** 2 + less.stderr[name] ** 2).sqrt()
+                assert ((ours - theirs).abs() / spread).max() < 4.5
+            else:
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-12)
+    masks.remove()
+
+
+def test_steps_that_a_loss_scaler_skips_count_for_nothing():
+    model = net()
+    pruner = Pruner(model, X, cpd.Target(macs=0.5), Taylor(), Greedy(interval=2, steps=1))
+    x, y = batch(0)
+    F.cross_entropy(model(x), y).backward()
+    pruner.step()
+    model.conv1.weight.grad.fill_(float("inf"))
+    assert pruner.step()
+    assert pruner.scores.info["observations"] == 1
+
+
+def test_an_interval_without_finite_gradients_names_the_parameter():
+    model = net()
+    pruner = Pruner(model, X, cpd.Target(macs=0.5), Taylor(), Greedy(interval=1, steps=1))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    model.conv2.bias.grad.fill_(float("nan"))
+    with pytest.raises(ScoreError, match="Taylor: values of parameter conv2.bias are not finite"):
+        pruner.step()
+
+
+def test_errors():
+    model = net()
+    with pytest.raises(PlanError, match="macs=0.001 cannot be reached"):
+        Pruner(model, X, cpd.Target(macs=0.001))
+    with pytest.raises(PlanError, match="nothing is prunable"):
+        Pruner(model, X, cpd.Target(macs=0.5), ignore=["conv1", "conv2"])
+    with pytest.raises(PlanError, match="no latency table"):
+        Pruner(model, X, cpd.Target(latency_ms=0.5))
+    pruner = Pruner(model, X, cpd.Target(macs=0.5))
+    with pytest.raises(ScoreError, match="no parameter has a gradient: call pruner.step.. after loss.backward"):
+        pruner.step()
+    pruner = Pruner(net(), X, cpd.Target(macs=0.5), HessianTrace(), Greedy(interval=1))
+    with pytest.raises(ScoreError, match=r"HessianTrace needs the loss itself: call pruner.step\(closure\)"):
+        pruner.step()
+    assert pruner.iteration == 0
+    with pytest.raises(ScoreError, match="BNScale: 1 prunable groups run through no normalisation"):
+        Pruner(net(), X, cpd.Target(macs=0.5), BNScale(), Greedy(interval=1)).step()
+
+
+def test_state_of_another_model():
+    pruner = Pruner(net(), X, cpd.Target(macs=0.5))
+    other = Pruner(net(make=Grouped), X, cpd.Target(macs=0.5))
+    with pytest.raises(PlanError, match="pruner state of another model"):
+        pruner.load_state_dict(other.state_dict())
+    with pytest.raises(PlanError, match="pruner state version 99, this cpd_fast reads 1"):
+        pruner.load_state_dict({**pruner.state_dict(), "version": 99})
+
+
+def test_absolute_targets_and_linear_ramp():
+    model = net()
+    graph = cpd.comb(model, X)
+    dense = plan_cost(graph)
+    pruner = Pruner(
+        model, X, cpd.Target(params=dense.params // 2), Random(), Greedy(1, steps=2, ramp="linear"), graph=graph
+    )
+    pruner.step()
+    assert dense.params // 2 < plan_cost(graph, pruner.plan).params <= 0.76 * dense.params
+    pruner.step()
+    assert plan_cost(graph, pruner.plan).params <= dense.params // 2
+    assert pruner.done and not pruner.step()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"interval": 0}, "interval and steps must be at least 1, got 0 and 10"),
+        ({"steps": 0}, "must be at least 1, got 50 and 0"),
+        ({"ramp": "square"}, "ramp='square': expected one of cubic, linear"),
+    ],
+)
+def test_bad_schedules(arguments, match):
+    with pytest.raises(PlanError, match=match):
+        Greedy(**arguments)
