@@ -64,15 +64,15 @@ def climate(size: int = 96, num_classes: int = 5, seed: int = 0) -> DataSplits:
     picture, zones = _world()
     if num_classes == 5:
         zones = np.asarray(FIVE_OF_SIX, np.uint8)[zones]
-    splits = {
-        name: Split(
+    train, val, test = (
+        Split(
             torch.from_numpy(
                 np.stack([picture[r : r + size, c : c + size] for r, c in corners]).transpose(0, 3, 1, 2).copy()
             ),
             torch.from_numpy(np.stack([zones[r : r + size, c : c + size] for r, c in corners])),
         )
-        for name, corners in _tile_corners(zones, size, seed).items()
-    }
+        for corners in _tile_corners(zones, size, seed).values()
+    )
     return DataSplits(
         name="climate",
         classes=FIVE if num_classes == 5 else SIX,
@@ -80,7 +80,9 @@ def climate(size: int = 96, num_classes: int = 5, seed: int = 0) -> DataSplits:
         mean=127.0,  # (x - 127) / 128 is what EfficientNet-Lite was trained with
         std=128.0,
         source={"picture": f"{PICTURE[0]} {PICTURE[1]}", "labels": f"{LABELS[0]} {LABELS[1]}"},
-        **splits,
+        train=train,
+        val=val,
+        test=test,
     )
 
 

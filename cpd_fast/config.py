@@ -1,0 +1,96 @@
+"""What a compression run is asked to do: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cpd_fast.errors import CpdError
+
+
+class ConfigError(CpdError, ValueError):
+    """One or more settings are wrong; the message lists every fault."""
+
+
+def _range(default: Any, low: float, high: float, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": text})
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """Settings of :func:`cpd_fast.recipes.cpd`; counts are training steps (batches).
+
+    Raises:
+        ConfigError: If values are out of range; all faults are listed at once.
+
+    Example:
+        >>> CompressConfig(teacher_steps=10).teacher_steps
+        10
+    """
+
+    target_macs: float = _range(0.5, 1e-3, 1.0, "fraction of the multiply-accumulates that remains")
+    seed: int = _range(0, 0, 2**31 - 1, "seed of initialisation, batches and probes")
+    batch_size: int = _range(16, 1, 65536, "images a step")
+    teacher_steps: int = _range(120, 0, 10**7, "steps of training before pruning; 0: the model is trained already")
+    teacher_lr: float = _range(1.5e-3, 0, 10, "peak learning rate of the teacher")
+    prune_steps: int = _range(60, 1, 10**7, "steps under masks, with distillation")
+    prune_events: int = _range(4, 1, 10**4, "how many times channels are scored and masked during prune_steps")
+    finetune_steps: int = _range(80, 0, 10**7, "steps of the compacted network, with distillation")
+    student_lr: float = _range(8e-4, 0, 10, "peak learning rate while pruning and fine-tuning")
+    weight_decay: float = _range(1e-2, 0, 10, "of AdamW")
+    round_to: int = _range(8, 1, 1024, "kept channels of a layer are a multiple of this; kernels are slow on odd widths")
+    num_probes: int = _range(1, 1, 10**4, "Rademacher probes a batch of the Hessian trace")
+    score_batches: int = _range(2, 1, 10**5, "batches that each scoring looks at")
+    tau: float = _range(1.0, 1e-3, 1e3, "temperature of the distillation loss")
+    distill_weight: float = _range(3.0, 0, 1e4, "weight of the distillation loss beside the task's own")
+    latency_runs: int = _range(1000, 1, 10**6, "timed forwards of each network")
+    checkpoint_every: int = _range(20, 1, 10**6, "steps between checkpoints")
+
+    def __post_init__(self) -> None:
+        faults = []
+        for f in dataclasses.fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            kinds = (int,) if isinstance(f.default, int) else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+                kind = "whole number" if kinds == (int,) else "number"
+                faults.append(f"{f.name}={value!r}: expected a {kind} from {low:g} to {high:g}")
+        if faults:
+            raise ConfigError("; ".join(faults))
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> CompressConfig:
+        """Build from names and values, e.g. of a YAML file.
+
+        Raises:
+            ConfigError: If a name is unknown or a value out of range.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = [k for k in settings if k not in known]
+        if unknown:
+            hints = {k: difflib.get_close_matches(str(k), known, n=1) for k in unknown}
+            raise ConfigError(
+                "; ".join(f"{k}: no such setting" + (f", did you mean {h[0]}?" if h else "") for k, h in hints.items())
+                + f" (settings: {', '.join(known)})"
+            )
+        return cls(**settings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Names and values."""
+        return dataclasses.asdict(self)
+
+
+# what differs from the defaults for the built-in tasks; measured on two cores, see docs
+CLASSIFICATION: Mapping[str, Any] = {
+    "batch_size": 128,
+    "teacher_steps": 430,  # one epoch
+    "teacher_lr": 4e-3,
+    "prune_steps": 160,
+    "finetune_steps": 270,
+    "student_lr": 2e-3,
+    "tau": 4.0,
+    "distill_weight": 1.0,
+    "checkpoint_every": 100,
+}

@@ -1,0 +1,43 @@
+"""Versions and device, for reports and for ``cpd-fast doctor``."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("cpd_fast", "torch", "numpy", "triton", "onnx", "onnxscript", "onnxruntime", "timm", "safetensors")
+
+
+def version(package: str) -> str | None:
+    """Installed version of a package; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """Model of the processor, as the system calls it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, str]:
+    """What a number was measured with: versions, device, threads."""
+    found = {name: v for name in PACKAGES if (v := version(name))}
+    return {
+        "python": platform.python_version(),
+        **found,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": f"{cpu_name()}, {os.cpu_count()} cores",
+        "threads": str(torch.get_num_threads()),
+    }

@@ -1,0 +1,74 @@
+"""How good a network is on one split, and batch norm statistics re-estimated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cpd_fast.data import DataSplits, Split, augmented_batch
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures of one network on one split, all in [0, 1].
+
+    Attributes:
+        accuracy: Share of pixels (segmentation) or pictures (classification) that get the right class.
+        class_scores: Intersection over union of each class (segmentation), or recall (classification).
+        miou: Mean of the class IoUs; None for classification.
+    """
+
+    accuracy: float
+    class_scores: tuple[float, ...]
+    miou: float | None
+
+    @property
+    def main(self) -> float:
+        """The figure that choices are made by: mIoU, or accuracy."""
+        return self.accuracy if self.miou is None else self.miou
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: DataSplits, images: Tensor, batch: int = 64) -> Tensor:
+    """Predicted classes, uint8, shape of the labels; in eval mode, left in the mode it was in."""
+    mode = model.training
+    model.eval()
+    try:
+        parts = [
+            model(data.normalise(images[i : i + batch])).argmax(1).to(torch.uint8) for i in range(0, len(images), batch)
+        ]
+    finally:
+        model.train(mode)
+    return torch.cat(parts)
+
+
+def evaluate(model: nn.Module, data: DataSplits, split: Split) -> Quality:
+    """Measure a network on a split."""
+    k = len(data.classes)
+    predicted = predict(model, data, split.images)
+    pairs = split.labels.long().flatten() * k + predicted.long().flatten()
+    table = torch.bincount(pairs, minlength=k * k).reshape(k, k).double()  # row: label, column: prediction
+    hit = table.diag()
+    accuracy = float(hit.sum() / table.sum())
+    if not data.is_segmentation:
+        return Quality(accuracy, tuple((hit / table.sum(1).clamp_min(1)).tolist()), None)
+    iou = hit / (table.sum(0) + table.sum(1) - hit).clamp_min(1)
+    return Quality(accuracy, tuple(iou.tolist()), float(iou.mean()))
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, data: DataSplits, batch_size: int, seed: int, batches: int = 16) -> None:
+    """Replace running statistics by plain averages over training batches, in place (EagleEye's adaptive BN)."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta, mode = [m.momentum for m in norms], model.training
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # cumulative average
+    model.train()
+    for step in range(batches):
+        model(augmented_batch(data, batch_size, seed, step)[0])
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+    model.train(mode)

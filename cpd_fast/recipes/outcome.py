@@ -1,0 +1,162 @@
+"""The end of a run: measure both networks, export them, and write results and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cpd_fast.config import CompressConfig
+from cpd_fast.errors import BackendError
+from cpd_fast.export import Latency, compare_latency, export_onnx
+from cpd_fast.recipes.environment import environment
+from cpd_fast.recipes.evaluate import Quality, evaluate
+from cpd_fast.recipes.pictures import write_tiles
+from cpd_fast.recipes.progress import Talk
+from cpd_fast.recipes.run_folder import RunFolder
+from cpd_fast.recipes.tasks import Task
+from cpd_fast.report import Histogram, Results, Side, write_report
+from cpd_fast.schedule import plan_cost
+from cpd_fast.types import ChannelGraph, Cost, PrunePlan, Scores
+
+MIB = 2**20
+BINS = 32
+LATENCY_SECONDS = 15.0  # a network; slow machines time fewer runs, and the report says how many
+
+
+def finish(
+    task: Task,
+    config: CompressConfig,
+    folder: RunFolder,
+    talk: Talk,
+    graph: ChannelGraph,
+    plan: PrunePlan,
+    teacher: nn.Module,
+    student: nn.Module,
+    scores: Scores,
+    *,
+    curve: list[tuple[str, int, float]],
+    events: list[tuple[int, float]],
+    seconds: dict[str, float],
+    command: str,
+) -> Results:
+    """Evaluate on the test split, export, time, and write ``results.json`` and ``report.html``."""
+    data, names, notes = task.data, ("teacher", "student"), []
+    networks = dict(zip(names, (teacher, student), strict=True))
+    costs = dict(zip(names, (plan_cost(graph, None), plan_cost(graph, plan)), strict=True))
+    with talk.bar("Measure", 5) as bar:
+        bar.advance(0, "test split")
+        quality = {n: evaluate(m, data, data.test) for n, m in networks.items()}
+        bar.advance(1, "export ONNX")
+        try:
+            errors = {n: _export(m, task, folder, n) for n, m in networks.items()}
+            bar.advance(2, "latency")
+            files = [folder.path / f"{n}.onnx" for n in names]
+            timed = compare_latency(
+                files, task.example_inputs(), "onnxruntime", config.latency_runs, seconds=LATENCY_SECONDS
+            )
+            notes.append(f"ONNX Runtime equals PyTorch to {max(errors.values()):.1e} of the largest output.")
+        except BackendError as e:
+            notes.append(f"No ONNX files, and latency in eager PyTorch: {e}")
+            timed = compare_latency(
+                [teacher, student], task.example_inputs(), "eager", config.latency_runs, seconds=LATENCY_SECONDS
+            )
+        latency = dict(zip(names, timed, strict=True))
+        bar.advance(1, "pictures and report")
+        results = Results(
+            task=task.name,
+            model=task.model_name,
+            is_segmentation=data.is_segmentation,
+            classes=data.classes,
+            palette=data.palette,
+            input_shape=tuple(task.example_inputs().shape),
+            teacher=_side(costs["teacher"], quality["teacher"], latency["teacher"], folder.path / "teacher.onnx"),
+            student=_side(costs["student"], quality["student"], latency["student"], folder.path / "student.onnx"),
+            widths=_widths(teacher, student),
+            histograms=_histograms(graph, plan, scores),
+            curve=tuple(curve),
+            steps=tuple(events),
+            tiles=write_tiles(folder, teacher, student, data),
+            latency={
+                "backend": "ONNX Runtime" if timed[0].backend == "onnxruntime" else "eager PyTorch",
+                "threads": timed[0].threads,
+                "runs": timed[0].runs,
+            },
+            settings=folder.read_json("run.json")["settings"],
+            command=command,
+            environment=environment(),
+            notes=(*_data_notes(task), *notes),
+            seconds=seconds,
+        )
+        folder.write("results.json", results.to_json())
+        write_report(results, folder.path, folder.write)
+        bar.advance(1, "done")
+    return results
+
+
+def _export(model: nn.Module, task: Task, folder: RunFolder, name: str) -> float:
+    try:
+        return export_onnx(model, task.example_inputs(), folder.path / f"{name}.onnx")
+    except OSError as e:
+        raise folder.error(f"{name}.onnx cannot be written", e) from e
+
+
+def _side(cost: Cost, quality: Quality, latency: Latency, file: Path) -> Side:
+    return Side(
+        params=cost.params,
+        macs=cost.macs,
+        activation_mib=cost.activation_bytes / MIB,
+        file_mib=file.stat().st_size / MIB if file.is_file() else None,
+        latency_ms=latency.median_ms,
+        latency_low_ms=latency.low_ms,
+        latency_high_ms=latency.high_ms,
+        accuracy=quality.accuracy,
+        miou=quality.miou,
+        class_scores=quality.class_scores,
+    )
+
+
+def _widths(teacher: nn.Module, student: nn.Module) -> tuple[tuple[str, int, int], ...]:
+    """Output channels of every layer whose weight is a matrix or a kernel."""
+    after = dict(student.named_modules())
+    rows = []
+    for name, module in teacher.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() > 1:
+            rows.append((name, int(weight.shape[0]), int(after[name].weight.shape[0])))  # type: ignore[union-attr, arg-type]
+    return tuple(rows)
+
+
+def _histograms(graph: ChannelGraph, plan: PrunePlan, scores: Scores) -> tuple[Histogram, ...]:
+    """Scores of the first scoring, over all prunable channels and for the groups that lose most and least."""
+    groups = [g for g in graph.prunable_groups if g.name in scores]
+    lost = {g.name: 1 - len(plan.get(g.name, range(g.n_channels))) / g.n_channels for g in groups}
+    alive = graph.alive(plan)
+
+    def of(title: str, names: set[str]) -> Histogram:
+        chosen = [g for g in groups if g.name in names]
+        value = torch.cat([scores[g.name] for g in chosen]).double().numpy()
+        kept = np.concatenate([alive[g.offset : g.offset + g.n_channels] for g in chosen])
+        positive = value[value > 0]
+        floor = float(np.quantile(positive, 0.005)) if len(positive) else 1e-12  # scores of 0 or less: first bin
+        log = np.log10(np.maximum(value, floor))
+        top = max(float(log.max()), float(np.log10(floor)) + 1e-6)
+        edges = np.linspace(np.log10(floor), top, BINS + 1)
+        count = [np.histogram(log[m], edges)[0].tolist() for m in (kept, ~kept)]
+        return Histogram(title, tuple(edges.round(4).tolist()), tuple(count[0]), tuple(count[1]))
+
+    by_loss = sorted(groups, key=lambda g: lost[g.name])
+    picked = list(dict.fromkeys(g.name for g in (*by_loss[:2], *by_loss[-4:])))
+    everything = of(f"all {len(groups)} groups", {g.name for g in groups})
+    return (everything, *(of(f"{name} ({lost[name]:.0%} removed)", {name}) for name in picked))
+
+
+def _data_notes(task: Task) -> list[str]:
+    if task.name == "climate":
+        return [
+            "Labels are Koeppen-Geiger climate zones, not land cover; forests of different climates look alike, so "
+            "that the mIoU that any network can reach is limited: compare the two networks with each other.",
+        ]
+    return []

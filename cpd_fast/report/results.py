@@ -1,0 +1,194 @@
+"""The numbers of one run: plain data, JSON first. Text and HTML are views of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpd_fast.errors import FileFormatError
+
+FORMAT, VERSION = "cpd_fast.results", 1
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two networks.
+
+    Attributes:
+        params: Parameters.
+        macs: Multiply-accumulates of one forward, batch 1.
+        activation_mib: MiB of all results of computing ops, batch 1.
+        file_mib: MiB of its ONNX file.
+        latency_ms: Median latency, milliseconds; None where it was not measured.
+        latency_low_ms: Lower end of its 95 % interval.
+        latency_high_ms: Upper end.
+        accuracy: Pixel accuracy (segmentation) or accuracy, test split, in [0, 1].
+        miou: Mean intersection over union, test split, in [0, 1]; None for classification.
+        class_scores: IoU (segmentation) or recall (classification) of each class, in [0, 1].
+    """
+
+    params: int
+    macs: int
+    activation_mib: float
+    file_mib: float | None
+    latency_ms: float | None
+    latency_low_ms: float | None
+    latency_high_ms: float | None
+    accuracy: float
+    miou: float | None
+    class_scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Scores of the channels that stay and of those that go, counted in bins.
+
+    Attributes:
+        title: Name of a group, or "all groups".
+        edges: Bin edges, log10 of the score; ``len(kept) + 1`` of them.
+        kept: Channels of each bin that stay.
+        removed: Channels of each bin that go.
+    """
+
+    title: str
+    edges: tuple[float, ...]
+    kept: tuple[int, ...]
+    removed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that a report shows of one run.
+
+    Attributes:
+        task: Name of the data.
+        model: Name of the network.
+        is_segmentation: Whether quality is mIoU.
+        classes: Class names.
+        palette: ``(r, g, b)`` of each class; empty for classification.
+        input_shape: Shape of the example input of MACs and latency.
+        teacher: The network before.
+        student: The network after.
+        widths: ``(layer, channels before, channels after)`` of every layer with weights, in order of the network.
+        histograms: Score histograms, the one over all groups first.
+        curve: ``(stage, step, loss)`` of every training step that was logged.
+        steps: ``(step, share of MACs that remains)`` after each pruning event.
+        tiles: One dict a picture: file names of ``picture``, ``label``, ``teacher``, ``student`` (segmentation), or
+            ``picture`` and the class names (classification).
+        latency: Backend, threads and runs of the latency figures; empty where it was not measured.
+        settings: What the run was asked to do.
+        command: The command that repeats it.
+        environment: Versions and device.
+        notes: Remarks, one a line.
+        seconds: Wall time of each stage; parts done before an interruption included.
+    """
+
+    task: str
+    model: str
+    is_segmentation: bool
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    input_shape: tuple[int, ...]
+    teacher: Side
+    student: Side
+    widths: tuple[tuple[str, int, int], ...]
+    histograms: tuple[Histogram, ...]
+    curve: tuple[tuple[str, int, float], ...]
+    steps: tuple[tuple[int, float], ...]
+    tiles: tuple[dict[str, str], ...]
+    latency: dict[str, Any]
+    settings: dict[str, Any]
+    command: str
+    environment: dict[str, str]
+    notes: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The numbers as a JSON document."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "results") -> Results:
+        """Parse what :meth:`to_json` wrote.
+
+        Raises:
+            FileFormatError: If it is something else, or from a future version.
+        """
+        try:
+            doc = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise FileFormatError(f"{where}: not a JSON document ({e})") from e
+        if not isinstance(doc, dict) or doc.pop("format", None) != FORMAT:
+            raise FileFormatError(f"{where}: not the results of a cpd_fast run (no format {FORMAT!r})")
+        if (version := doc.pop("version", None)) != VERSION:
+            raise FileFormatError(
+                f"{where}: results version {version!r}, this cpd_fast reads {VERSION}; upgrade cpd_fast"
+            )
+        try:
+            for name in ("teacher", "student"):
+                doc[name] = Side(**{**doc[name], "class_scores": tuple(doc[name]["class_scores"])})
+            doc["histograms"] = tuple(
+                Histogram(h["title"], tuple(h["edges"]), tuple(h["kept"]), tuple(h["removed"]))
+                for h in doc["histograms"]
+            )
+            for name in ("palette", "widths", "curve", "steps"):
+                doc[name] = tuple(tuple(row) for row in doc[name])
+            for name in ("classes", "input_shape", "tiles", "notes"):
+                doc[name] = tuple(doc[name])
+            return cls(**doc)
+        except (KeyError, TypeError, AttributeError) as e:
+            raise FileFormatError(f"{where}: results are incomplete or damaged ({e})") from e
+
+
+def table(results: Results) -> list[tuple[str, str, str, str]]:
+    """The before/after table: ``(what, before, after, change)`` as text, one row a figure."""
+    a, b = results.teacher, results.student
+    rows = [
+        ("Parameters", f"{a.params:,}", f"{b.params:,}", _percent(a.params, b.params)),
+        (
+            f"MACs at {_shape(results.input_shape)}",
+            f"{a.macs / 1e6:.1f} M",
+            f"{b.macs / 1e6:.1f} M",
+            _percent(a.macs, b.macs),
+        ),
+        (
+            "Activations",
+            f"{a.activation_mib:.2f} MiB",
+            f"{b.activation_mib:.2f} MiB",
+            _percent(a.activation_mib, b.activation_mib),
+        ),
+    ]
+    if a.file_mib and b.file_mib:
+        rows.append(("ONNX file", f"{a.file_mib:.2f} MiB", f"{b.file_mib:.2f} MiB", _percent(a.file_mib, b.file_mib)))
+    if a.latency_ms and b.latency_ms:
+        rows.append((
+            f"Latency, {results.latency.get('backend', '')}",
+            f"{a.latency_ms:.2f} ms",
+            f"{b.latency_ms:.2f} ms",
+            f"{a.latency_ms / b.latency_ms:.2f}x faster"
+            if b.latency_ms < a.latency_ms
+            else _percent(a.latency_ms, b.latency_ms),
+        ))
+    if a.miou is not None and b.miou is not None:
+        rows.append(("mIoU, test", f"{a.miou:.3f}", f"{b.miou:.3f}", _points(a.miou, b.miou)))
+        rows.append(("Pixel accuracy, test", f"{a.accuracy:.3f}", f"{b.accuracy:.3f}", _points(a.accuracy, b.accuracy)))
+    else:
+        rows.append(("Accuracy, test", f"{a.accuracy:.2%}", f"{b.accuracy:.2%}", _points(a.accuracy, b.accuracy)))
+    kind = "IoU" if results.is_segmentation else "Recall"
+    for name, x, y in zip(results.classes, a.class_scores, b.class_scores, strict=True):
+        rows.append((f"{kind} {name}", f"{x:.3f}", f"{y:.3f}", _points(x, y)))
+    return rows
+
+
+def _percent(before: float, after: float) -> str:
+    return f"{after / before - 1:+.0%}" if before else ""
+
+
+def _points(before: float, after: float) -> str:
+    return f"{(after - before) * 100:+.1f} points"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
