@@ -24,6 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from cpd_fast.errors import FileFormatError, PlanError, ScoreError
 
+# functions whose result depends on how many channels there are, and which masked execution can run over kept ones
+NORMALISING = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "mean", "sum", "norm", "var", "std"})
+
 PLAN_FORMAT = "cpd_fast.plan"
 PLAN_VERSION = 1
 
@@ -110,10 +113,10 @@ class CostTerm:
 
 @dataclass(frozen=True, eq=False)
 class NormSite:
-    """A call whose result depends on how many channels there are (layer_norm, group_norm ...).
+    """A call whose result depends on how many channels there are (one of ``NORMALISING``).
 
-    ``call`` counts the calls of this ``op`` inside one forward of ``module``; ``channels`` is the channel map of the
-    axis that is reduced, in the op's own layout (``normalized_shape`` for layer_norm, ``(C,)`` for group_norm).
+    ``op`` is the ``__name__`` of the function, ``call`` counts its calls with ``module`` innermost during one forward
+    of the model; ``channels`` is a channel map that broadcasts to its input.
     """
 
     module: str

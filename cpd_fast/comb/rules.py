@@ -29,7 +29,11 @@ def _norm_dims(dims: Any, ndim: int) -> list[int]:
 # ---- elementwise
 
 
-@register_rule("pointwise", "aten.where", "aten.clamp", "aten.lerp", "aten.masked_fill", "aten.bernoulli", "aten.fill")
+@register_rule(
+    "pointwise",
+    *(f"aten.{n}" for n in "where clamp lerp masked_fill bernoulli fill hardswish hardsigmoid silu mish softplus".split()),
+    *(f"aten.{n}" for n in "celu selu elu leaky_relu hardtanh relu6 threshold logit rrelu prelu dropout".split()),
+)
 def pointwise(t: Tracer, call: Call) -> Any:
     """Index by index; an in-place result replaces what was known of its first argument."""
     tensors = _tensors(call)
@@ -128,6 +132,15 @@ def repeat(t: Tracer, call: Call) -> State:
         planes.append(Plane(labels, p.fast + shift))
     constant = {d for d in range(out.dim()) if out.shape[d] > 1 and (d < shift or x.shape[d - shift] == 1)}
     return state.with_planes(planes, frozenset(constant | {d + shift for d in state.constant}))
+
+
+@register_rule("aten.as_strided")
+def as_strided(t: Tracer, call: Call) -> State:
+    """Other strides for the same shape; anything else is not followed."""
+    x = call.args[0]
+    if tuple(call.args[1]) == tuple(call.out.shape) and x.numel() == call.out.numel() and x.dim() == call.out.dim():
+        return replace(t.state(x), identity=None)
+    return t.freeze_all(x, "as_strided")
 
 
 def _cut(t: Tracer, x: Tensor, dim: int, start: int, stop: int, step: int = 1) -> State:
@@ -307,9 +320,6 @@ def shuffle(t: Tracer, call: Call) -> State:
         g = call.args[1]
         split_shape, order = (*lead, g, c // g, h, w), [1, 0, 2, 3]
     state = reshape(t.store, t.state(x), tuple(x.shape), split_shape)
-    if call.op == "aten.pixel_shuffle":  # the r*r copies of an output channel go together
-        for p in state.planes:
-            orbit(t.store, p, tuple(d for d in p.dims if d in (n + 1, n + 2)))
     state = permute(state, [*range(n), *(n + d for d in order)])
     mid = tuple(split_shape[i] for i in [*range(n), *(n + d for d in order)])
     return reshape(t.store, state, mid, tuple(out.shape))
@@ -323,7 +333,7 @@ def convolution(t: Tracer, call: Call) -> State:
     """x (N, C_in, ...) * w (C_out, C_in / groups, ...), or transposed w (C_in, C_out / groups, ...)."""
     x, w, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
-    x_state = t.freeze_dims(x, {0, *range(2, x.dim())}, POOLS)
+    x_state = t.only_dim(x, 1, POOLS)
     w_state = t.state(w)
     for p in w_state.planes:
         if set(p.dims) & set(range(2, w.dim())):
@@ -442,22 +452,10 @@ def _contract(t: Tracer, a: Tensor, b: Tensor, out: Tensor, batch: int) -> State
     joint = (*lead, m, k, n)
     met = meet(t.store, [la, lb], [shape_a, shape_b], joint, t.heads)
     t.add_cost("macs", 1, joint, [p.labels for p in met.planes])
-    planes = []
-    for p in met.planes:
-        if p.labels.shape[batch + 1] == 1:
-            planes.append(Plane(p.labels.squeeze(batch + 1), p.fast - (p.fast > batch + 1)))
-        elif len(p.dims) > 1:
-            if p.fast != batch + 1:
-                t.store.freeze(p.labels, f"summed over the rows of a grid ({t.where()})")
-                continue
-            if t.heads:
-                from cpd_fast.comb.planes import collapse
-
-                labels = collapse(t.store, p).squeeze(batch + 1)
-            else:  # rows of the grid stay: labels that never go, so that they are not taken for a free dim
-                shape = [1 if d == batch + 1 else s for d, s in enumerate(p.labels.shape)]
-                labels = t.store.pinned(prod(shape)).reshape(shape).squeeze(batch + 1)
-            planes.append(Plane(labels, max(d for d, s in enumerate(labels.shape) if s > 1)))
+    planes = [
+        Plane(p.labels.squeeze(batch + 1), p.fast - (p.fast > batch + 1))
+        for p in t.reduce_planes(met.planes, {batch + 1})
+    ]
     constant = frozenset(d - (d > batch + 1) for d in met.constant if d != batch + 1)
     return State(tuple(planes), constant)
 
@@ -551,34 +549,23 @@ def batch_norm(t: Tracer, call: Call) -> Any:
             state = meet(t.store, [state, moved], [tuple(x.shape), tuple(shape)], tuple(x.shape), t.heads)
             if i < 2 and (source := t.state(p).source):
                 sources.append(source)
+    training = call.op != "aten._native_batch_norm_legit_no_training" and call.args[5] is True
+    across = [p for p in t.state(x).planes if set(p.dims) - {1}] if training else []
+    t.add_site(x, across)
     rest = [State() for o in tree_leaves(call.out) if isinstance(o, Tensor)][1:]
     return [replace(state, scaled_by=tuple(sources)), *rest] if out is not call.out else state
 
 
-def _axis_labels(t: Tracer, x: Tensor, dims: list[int], op: str) -> np.ndarray | None:
-    """Labels of a normalised axis in the op's layout; anything but one plane inside ``dims`` is frozen."""
-    planes = [p for p in t.state(x).planes if set(p.dims) & set(dims)]
-    if not planes:
-        return None
-    if len(planes) == 1 and set(planes[0].dims) <= set(dims):
-        full = [x.shape[d] if d in dims else 1 for d in range(x.dim())]
-        return np.broadcast_to(planes[0].labels, full).reshape([x.shape[d] for d in dims])
-    t.freeze_dims(x, set(dims), f"{op} runs over a grid of channels")
-    return None
-
-
-@register_rule("aten.native_layer_norm", "aten.layer_norm", "aten._fused_rms_norm", "aten.rms_norm")
+@register_rule("aten.native_layer_norm", "aten.layer_norm", "function.rms_norm")
 def layer_norm(t: Tracer, call: Call) -> Any:
     """Statistics over the last dims: a mask counts kept channels only."""
-    x, shape = call.args[0], call.args[1]
-    weight = call.arg(2, "weight")
-    bias = call.arg(3, "bias") if "layer_norm" in call.op else None
-    op = "layer_norm" if "layer_norm" in call.op else "rms_norm"
-    t.add_site(op, _axis_labels(t, x, list(range(x.dim() - len(shape), x.dim())), op))
-    affine = [p for p in (weight, bias) if isinstance(p, Tensor)]
-    state = t.meet(x, *affine, out=x)
-    state = replace(state, scaled_by=tuple(s for p in affine if (s := t.state(p).source)))
+    x, shape = call.arg(0, "input"), call.arg(1, "normalized_shape")
+    normalised = set(range(x.dim() - len(shape), x.dim()))
+    affine = [p for p in (*call.args[2:4], call.kwargs.get("weight")) if isinstance(p, Tensor)]
+    t.add_site(x, [p for p in t.state(x).planes if normalised.intersection(p.dims)])
     outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+    state = t.meet(x, *affine, out=outs[0])
+    state = replace(state, scaled_by=tuple(s for p in affine if (s := t.state(p).source)))
     return [state, *(_drop(t, x, o) for o in outs[1:])] if isinstance(call.out, (tuple, list)) else state
 
 
@@ -593,10 +580,14 @@ def group_norm(t: Tracer, call: Call) -> Any:
     x = call.args[0]
     weight, bias = call.arg(1, "weight"), call.arg(2, "bias")
     groups = call.arg(6, "group")
-    labels = _axis_labels(t, x, [1], "group_norm")
-    if labels is not None and groups > 1:
-        t.store.grid(labels.reshape(groups, -1))
-    t.add_site("group_norm", labels)
+    planes = [p for p in t.state(x).planes if set(p.dims) - {0}]
+    if groups > 1:
+        for p in planes:
+            if p.dims == (1,):
+                t.store.grid(p.labels.reshape(groups, -1))
+            else:
+                t.store.freeze(p.labels, "group_norm runs over a grid of channels")
+    t.add_site(x, planes)
     state = t.state(x)
     shape = tuple(s if d == 1 else 1 for d, s in enumerate(x.shape))
     for p in (weight, bias):
@@ -618,10 +609,11 @@ def reduce(t: Tracer, call: Call) -> Any:
     if call.op in ("aten.max", "aten.min") and len(call.args) > 1 and isinstance(call.args[1], Tensor):
         return pointwise(t, call)
     dims = _norm_dims(call.arg(position, "dim"), x.dim())
-    state = t.freeze_dims(x, set(dims), f"{call.op.split('.')[1]} over this axis")
+    state = t.state(x)
+    t.add_site(x, [p for p in state.planes if set(dims).intersection(p.dims)])
     keep = outs[0].dim() == x.dim()
     planes = []
-    for p in state.planes:
+    for p in t.reduce_planes(state.planes, set(dims)):
         labels = p.labels if keep else p.labels.squeeze(tuple(dims))
         planes.append(Plane(labels, p.fast if keep else p.fast - sum(d < p.fast for d in dims)))
     kept = [d for d in range(x.dim()) if d not in dims]
@@ -653,8 +645,7 @@ def pool(t: Tracer, call: Call) -> Any:
     """Works on each channel by itself."""
     x = call.args[0]
     spatial = 3 if "3d" in call.op else 1 if "1d" in call.op else 2
-    state = t.freeze_dims(x, set(range(x.dim() - spatial, x.dim())), POOLS)
-    state = State(state.planes)
+    state = State(t.only_dim(x, x.dim() - spatial - 1, POOLS, range(x.dim() - spatial, x.dim())).planes)
     return [state, state] if isinstance(call.out, (tuple, list)) else state
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from cpd_fast.comb.labels import LabelStore
-from cpd_fast.comb.planes import Plane, State, constant_state, freeze_dims
+from cpd_fast.comb.planes import Plane, State, collapse, constant_state, freeze_dims, meet, orbit
 from cpd_fast.errors import CpdError, TraceError, UnsupportedOpError
+from cpd_fast.types import NORMALISING
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Site:
-    """A call that normalises over a channel axis; ``labels`` in the op's own layout."""
+    """A call that normalises over a channel axis; ``labels`` broadcast to its input."""
 
     module: str
     op: str
@@ -111,8 +113,9 @@ class Tracer(TorchDispatchMode):
         self.attention: list[AttentionSite] = []
         self.unknown: list[str] = []
         self.on_unknown = "error"
-        self.calls: Counter[tuple[str, str]] = Counter()
+        self.function: tuple[str, int] = ("", 0)  # running function and its number within the module
         self.n_ops = 0
+        self._suspended = False
         self.output_shapes: tuple[tuple[int, ...], ...] = ()
         self.order: list[str] = []  # parameters and buffers by first use
 
@@ -124,6 +127,8 @@ class Tracer(TorchDispatchMode):
         if known is not None:
             return known
         name = self.tensors.get(id(t))
+        if name is not None and not t.is_floating_point() and not t.is_complex():
+            name = None  # index tables and flags follow no channel
         if name is None:
             state = State() if t.numel() > 1 else constant_state(t.dim())
         else:
@@ -149,14 +154,32 @@ class Tracer(TorchDispatchMode):
 
     def meet(self, *tensors: Tensor, out: Tensor) -> State:
         """Elementwise meeting of broadcast tensors."""
-        from cpd_fast.comb.planes import meet
-
         shapes = [tuple(t.shape) for t in tensors]
         return meet(self.store, [self.state(t) for t in tensors], shapes, tuple(out.shape), self.heads)
 
     def freeze_dims(self, t: Tensor, dims: set[int], reason: str) -> State:
         """The state of ``t`` with everything that varies over ``dims`` frozen."""
         return freeze_dims(self.store, self.state(t), dims, f"{reason} ({self.where()})")
+
+    def only_dim(self, t: Tensor, dim: int, reason: str, over: Iterable[int] | None = None) -> State:
+        """The state of ``t`` for an op that treats indices of ``dim`` alike and mixes those of ``over``.
+
+        Channels that also vary over the mixed dims (after a pixel shuffle) are united along them; those that vary
+        over nothing else are frozen.
+        """
+        mixed = {d for d in range(t.dim()) if d != dim} if over is None else set(over)
+        state = self.state(t)
+        planes = []
+        for p in state.planes:
+            if mixed.intersection(p.dims) and dim in p.dims:
+                orbit(self.store, p, tuple(mixed.intersection(p.dims)))
+                labels = p.labels
+                for d in mixed:
+                    labels = labels.take([0], d)
+                p = Plane(labels, dim if p.fast in mixed else p.fast)
+            planes.append(p)
+        self.set_state(t, replace(state, planes=tuple(planes)))
+        return self.freeze_dims(t, mixed, reason)
 
     def freeze_all(self, t: Tensor, reason: str) -> State:
         """Freeze every label of ``t``."""
@@ -170,12 +193,46 @@ class Tracer(TorchDispatchMode):
                 coefficient *= s
         self.terms.append(Term(kind, self.module, coefficient, tuple({p.tobytes(): p for p in planes}.values())))
 
-    def add_site(self, op: str, labels: np.ndarray | None) -> None:
-        """Note a normalising call; every call is counted so that a masked forward can tell which one it is."""
-        call = self.calls[self.module, op]
-        self.calls[self.module, op] += 1
-        if labels is not None:
-            self.sites.append(Site(self.module, op, call, labels))
+    def add_site(self, x: Tensor, planes: list[Plane]) -> None:
+        """Note that the running call's result depends on how many of these channels of its input ``x`` there are.
+
+        A masked forward recognises the call by module, function and number; where it could not (the call is part of
+        another function), or statistics run over several planes, the channels are frozen.
+        """
+        name, call = self.function
+        if not planes:
+            return
+        if name not in NORMALISING or len(planes) > 1:
+            for p in planes:
+                self.store.freeze(p.labels, f"{name or 'a reduction'} over this axis ({self.where()})")
+            return
+        self.sites.append(Site(self.module, name, call, planes[0].labels))
+
+    def reduce_planes(self, planes: tuple[Plane, ...], dims: set[int]) -> list[Plane]:
+        """What is left of planes, in the same rank, once ``dims`` are summed over."""
+        kept = []
+        for p in planes:
+            if not dims.intersection(p.dims):
+                kept.append(p)
+            elif len(p.dims) > 1 and p.fast in dims and not dims.intersection(p.rows):
+                if self.heads:
+                    labels = collapse(self.store, p)
+                else:  # rows of the grid stay: labels that never go, so that they are not taken for a free dim
+                    shape = [1 if d == p.fast else s for d, s in enumerate(p.labels.shape)]
+                    labels = self.store.pinned(prod(shape)).reshape(shape)
+                kept.append(Plane(labels, p.rows[-1]))
+            elif not dims.issuperset(p.dims):
+                self.store.freeze(p.labels, f"summed over the rows of a grid ({self.where()})")
+        return kept
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, calls run without their rules: a rule of the whole function follows."""
+        before, self._suspended = self._suspended, True
+        try:
+            yield
+        finally:
+            self._suspended = before
 
     @property
     def module(self) -> str:
@@ -213,6 +270,8 @@ class Tracer(TorchDispatchMode):
                 ) from e
             raise
         self.n_ops += 1
+        if self._suspended:
+            return out
         op = f"{func.namespace}.{func._schema.name.split('::')[1]}"
         self._apply(op, func, Call(op, tuple(args), kwargs, out))
         return out
@@ -270,19 +329,33 @@ def _out_of_place_tags(func: Any) -> list[Any]:
 
 
 class _FunctionWatcher(TorchFunctionMode):
-    """Sees calls before they are taken apart: attention that follows head_dim with its scale."""
+    """Sees calls before they are taken apart: attention that follows head_dim with its scale, composite norms."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.tracer = tracer
+        self.calls: Counter[tuple[str, str]] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        tracer = self.tracer
         if func is torch.nn.functional.scaled_dot_product_attention:
             if kwargs.get("scale") is None and (len(args) < 7 or args[6] is None):
                 q = args[0] if args else kwargs["query"]
-                self.tracer.attention.append(AttentionSite(self.tracer.module, self.tracer.state(q)))
-        return func(*args, **kwargs)
+                tracer.attention.append(AttentionSite(tracer.module, tracer.state(q)))
+        name = getattr(func, "__name__", "")
+        call = self.calls[tracer.module, name]
+        self.calls[tracer.module, name] += 1
+        outer, tracer.function = tracer.function, (name, call)
+        try:
+            if f"function.{name}" not in RULES:
+                return func(*args, **kwargs)
+            with tracer.suspended():
+                out = func(*args, **kwargs)
+            tracer.set_state(out, RULES[f"function.{name}"](tracer, Call(name, tuple(args), kwargs, out)))
+            return out
+        finally:
+            tracer.function = outer
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ from cpd_fast.types import ChannelGraph, PrunePlan
 
 def repair_known(model: nn.Module, graph: ChannelGraph, alive: np.ndarray) -> None:
     """Sizes of PyTorch's own layers (and their subclasses), from their tensors' new shapes."""
-    norm_sizes = {s.module: int(alive[s.channels].sum()) for s in graph.norm_sites if s.channels.ndim == 1}
+    norm_sizes = {s.module: int(alive[s.channels].sum()) for s in graph.norm_sites if max(s.channels.shape) == s.channels.size}
     for name, m in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(m, nn.modules.conv._ConvNd):

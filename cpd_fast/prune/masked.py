@@ -219,14 +219,13 @@ class _NormMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = MASKED.get(func)
-        if found is None:
+        op = getattr(func, "__name__", "")
+        run = MASKED.get(op)
+        if run is None:
             return func(*args, **kwargs)
-        op, run = found
         key = (self._stack[-1], op)
-        call = self._calls[key]
+        site = (*key, self._calls[key])
         self._calls[key] += 1
-        site = (*key, call)
         keep = self._keep.get(site)
         if keep is None:
             return func(*args, **kwargs)

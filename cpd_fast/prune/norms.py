@@ -1,7 +1,7 @@
 """Normalisation over kept channels only: what a masked call of each normalising function computes.
 
-``keep`` is 1 for kept and 0 for removed positions of the normalised axis. Removed positions come out as bias, which a
-masked model holds at 0 there.
+``keep`` is 1 for kept and 0 for removed channels and broadcasts to the input. Removed positions come out as 0, or as
+the bias, which a masked model holds at 0 there.
 """
 
 from __future__ import annotations
@@ -10,8 +10,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    """fp32 or better."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _standardise(keep: Tensor, x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the kept positions of ``dims``; 0 at removed ones."""
+    mask = keep.expand(x.shape)
+    n = mask.sum(dims, keepdim=True).clamp_min(1)
+    mean = (x * mask).sum(dims, keepdim=True) / n
+    centred = (x - mean) * mask
+    var = (centred * centred).sum(dims, keepdim=True) / n
+    return centred * torch.rsqrt(var + eps)
 
 
 def layer_norm(
@@ -23,24 +37,18 @@ def layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    """Statistics over the kept positions of the last dims; fp32 or better inside."""
+    """Over the last ``len(normalized_shape)`` dims."""
     dims = tuple(range(x.dim() - len(normalized_shape), x.dim()))
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    n = keep.sum()
-    mean = (wide * keep).sum(dims, keepdim=True) / n
-    centred = (wide - mean) * keep
-    var = (centred * centred).sum(dims, keepdim=True) / n
-    return _affine(centred * torch.rsqrt(var + eps), weight, bias).to(x.dtype)
+    return _affine(_standardise(keep, _wide(x), dims, eps), weight, bias).to(x.dtype)
 
 
 def rms_norm(
     keep: Tensor, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """Root mean square over the kept positions of the last dims; fp32 or better inside."""
+    """x / root mean square over the last ``len(normalized_shape)`` dims."""
     dims = tuple(range(x.dim() - len(normalized_shape), x.dim()))
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    wide = wide * keep
-    square = (wide * wide).sum(dims, keepdim=True) / keep.sum()
+    wide = _wide(x) * keep
+    square = (wide * wide).sum(dims, keepdim=True) / keep.expand(x.shape).sum(dims, keepdim=True)
     tiny = torch.finfo(x.dtype).eps if eps is None else eps
     return _affine(wide * torch.rsqrt(square + tiny), weight, None).to(x.dtype)
 
@@ -54,19 +62,77 @@ def group_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    """Statistics over the kept channels of each group, x of shape (N, C, ...)."""
+    """Over the kept channels and all positions of each group, x of shape (N, C, ...)."""
     n, c = x.shape[:2]
-    grouped = x.reshape(n, num_groups, c // num_groups, -1)
-    grouped = grouped if x.dtype in (torch.float32, torch.float64) else grouped.float()
+    grouped = _wide(x).reshape(n, num_groups, c // num_groups, -1)
     mask = keep.reshape(1, num_groups, c // num_groups, 1)
-    count = mask.sum(2, keepdim=True) * grouped.shape[-1]
-    mean = (grouped * mask).sum((2, 3), keepdim=True) / count
-    centred = (grouped - mean) * mask
-    var = (centred * centred).sum((2, 3), keepdim=True) / count
-    out = (centred * torch.rsqrt(var + eps)).reshape(x.shape)
-    shape = (1, c, *[1] * (x.dim() - 2))
-    scale, shift = (None if p is None else p.reshape(shape) for p in (weight, bias))
-    return _affine(out, scale, shift).to(x.dtype)
+    out = _standardise(mask, grouped, (2, 3), eps).reshape(x.shape)
+    return _affine(out, *(_on_channels(p, x) for p in (weight, bias))).to(x.dtype)
+
+
+def batch_norm(
+    keep: Tensor,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    """Batch statistics over the kept positions (standardised weights)."""
+    dims = (0, *range(2, x.dim()))
+    mask = keep.expand(x.shape)
+    out = _standardise(mask, _wide(x), dims, eps)
+    return (_affine(out, *(_on_channels(p, x) for p in (weight, bias))) * mask).to(x.dtype)
+
+
+def mean(keep: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
+    """Mean of the kept positions."""
+    dims = _dims(dim, x)
+    mask = keep.expand(x.shape)
+    return (x * mask).sum(dims, keepdim, **kwargs) / mask.sum(dims, keepdim).to(x.dtype)
+
+
+def sum_(keep: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
+    """Sum of the kept positions."""
+    return (x * keep).sum(_dims(dim, x), keepdim, **kwargs)
+
+
+def norm(keep: Tensor, x: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
+    """Vector norm of the kept positions."""
+    return torch.norm(x * keep, p, _dims(dim, x), keepdim, **kwargs)
+
+
+def var(
+    keep: Tensor, x: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, correction: Any = None
+) -> Tensor:
+    """Variance of the kept positions."""
+    dims = _dims(dim, x)
+    mask = keep.expand(x.shape)
+    n = mask.sum(dims, keepdim=True)
+    centred = (x - (x * mask).sum(dims, keepdim=True) / n) * mask
+    less = float(unbiased) if correction is None else correction
+    total = (centred * centred).sum(dims, keepdim)
+    return total / (n.reshape(total.shape) - less if n.shape != total.shape else n - less)
+
+
+def std(keep: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Standard deviation of the kept positions."""
+    return var(keep, x, *args, **kwargs).sqrt()
+
+
+def _dims(dim: Any, x: Tensor) -> tuple[int, ...]:
+    if dim is None:
+        return tuple(range(x.dim()))
+    return tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
+
+
+def _on_channels(p: Tensor | None, x: Tensor) -> Tensor | None:
+    """(C,) -> (1, C, 1, ...)."""
+    return None if p is None else p.reshape(1, -1, *[1] * (x.dim() - 2))
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -74,12 +140,15 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-# function as called -> (name of the op that comb records, what runs instead)
-MASKED: dict[Any, tuple[str, Callable[..., Tensor]]] = {
-    F.layer_norm: ("layer_norm", layer_norm),
-    torch.layer_norm: ("layer_norm", layer_norm),
-    F.rms_norm: ("rms_norm", rms_norm),
-    torch.rms_norm: ("rms_norm", rms_norm),
-    F.group_norm: ("group_norm", group_norm),
-    torch.group_norm: ("group_norm", group_norm),
+# __name__ of the function as called (torch.mean and Tensor.mean alike) -> what runs instead
+MASKED: dict[str, Callable[..., Tensor]] = {
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+    "group_norm": group_norm,
+    "batch_norm": batch_norm,
+    "mean": mean,
+    "sum": sum_,
+    "norm": norm,
+    "var": var,
+    "std": std,
 }
