@@ -1,9 +1,9 @@
 """Hessian-trace scoring against what PyHessian and HAP do, and the first-order criteria against a training step.
 
 Run: ``pytest bench/bench_score.py --benchmark-enable --benchmark-only -m "slow or not slow"``. Every provider of a
-group does the same work: one forward and backward with graph, then PROBES Hessian-vector products and their reduction to
-channels. The anchors are re-creations: PyHessian's ``hessian.trace`` (masked Rademacher, one ``.item()`` a probe) and
-HAP's ``get_trace_hut`` (one ``.dot().item()`` a channel).
+group does the same work: one forward and backward with graph, then PROBES Hessian-vector products and their
+reduction to channels. The anchors are re-creations: PyHessian's ``hessian.trace`` (masked Rademacher, one ``.item()``
+a probe) and HAP's ``get_trace_hut`` (one ``.dot().item()`` a channel).
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class Pruner:
     Call :meth:`step` between ``loss.backward()`` and ``optimizer.step()``. It accumulates importance; at the end of
     every interval it masks the lowest channels along the schedule's ramp, until the target holds. The model object
     stays the user's: from the first mask on its forward computes "as if removed", gradients of removed weights are
-    zero, and what the optimizer does to them is never seen. Channels that are masked stay masked.
+    zero, and what the optimizer does to them is never seen. Channels that are masked stay masked. In distributed
+    training every rank has its pruner; scores are averaged over the ranks, so that all remove the same channels.
 
     Args:
         model: The model that is trained; wrappers of DDP and compile are looked through.
@@ -144,6 +145,7 @@ class Pruner:
             with quiet(self._context):
                 for observation in self.criterion.observe(self._context, closure):
                     self._moments.add(observation)
+        self._moments.gather()  # ranks must take the same decision
         self.scores = self.criterion.finish(self._context, self._moments)
         now = self.schedule.target(self._events + 1, self.target, self._dense)
         self._apply(plan(self.graph, self.scores, now, start=self.plan, **self._options))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -31,6 +34,18 @@ class Moments:
         self.mean += delta * share
         self.m2 += other.m2.to(self.m2) + delta**2 * self.count * share
         self.count = n
+
+    def gather(self) -> None:
+        """Take in the observations of all ranks of the default process group, in rank order: equal on every rank."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, self.state_dict())
+        self.load_state_dict(states[0])
+        for state in states[1:]:
+            other = Moments(len(self.mean), self.mean.device)
+            other.load_state_dict(state)
+            self.merge(other)
 
     @property
     def stderr(self) -> Tensor | None:

@@ -240,6 +240,21 @@ def test_moments_against_the_textbook():
     assert torch.equal(again.m2, m.m2)
 
 
+def test_moments_gather_all_ranks(monkeypatch):
+    x, ranks = torch.randn(6, 3, dtype=torch.float64), [Moments(3), Moments(3)]
+    for i, row in enumerate(x):
+        ranks[i % 2].add(row)
+    states = [m.state_dict() for m in ranks]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda out, _: out.__setitem__(slice(None), states))
+    for m in ranks:
+        m.gather()
+        torch.testing.assert_close(m.mean, x.mean(0))
+        torch.testing.assert_close(m.stderr, x.std(0) / 6**0.5)
+    assert torch.equal(ranks[0].mean, ranks[1].mean)
+
+
 @pytest.mark.parametrize("criterion", [HessianTrace(), GroupFisher(), Magnitude()], ids=str)
 def test_only_first_order_criteria_read_training_gradients(criterion):
     model, graph = mlp()
