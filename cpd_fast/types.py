@@ -112,6 +112,21 @@ class CostTerm:
 
 
 @dataclass(frozen=True, eq=False)
+class TraceStep:
+    """One computing call of the traced forward; compaction must repeat it, with the shape that the plan leaves.
+
+    Attributes:
+        op: Name of the operator.
+        shape: Shape of its first output.
+        maps: Channel maps that broadcast to ``shape``.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    maps: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class NormSite:
     """A call whose result depends on how many channels there are (one of ``NORMALISING``).
 
@@ -153,6 +168,7 @@ class ChannelGraph:
     groups: tuple[CoupledGroup, ...]
     tensors: Mapping[str, TensorMap]
     terms: tuple[CostTerm, ...]
+    steps: tuple[TraceStep, ...]
     norm_sites: tuple[NormSite, ...]
     scale_sites: tuple[ScaleSite, ...]
     aliases: Mapping[str, str]  # every name of a tied tensor -> the first one

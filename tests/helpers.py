@@ -25,6 +25,7 @@ def hand_graph(
         groups=tuple(groups),
         tensors=tensors,
         terms=tuple(terms),
+        steps=(),
         norm_sites=(),
         scale_sites=(),
         aliases={},

@@ -24,7 +24,7 @@ from cpd_fast.comb.trace import (
     unwrap,
 )
 from cpd_fast.errors import CpdError, PlanError, TraceError
-from cpd_fast.types import ChannelGraph, CostTerm, NormSite, ScaleSite, TensorMap
+from cpd_fast.types import ChannelGraph, CostTerm, NormSite, ScaleSite, TensorMap, TraceStep
 
 __all__ = ["comb", "register_rule"]
 
@@ -88,18 +88,27 @@ def comb(
     scale_sites = _scale_sites(store, planes, eval_trace)
     resolved = resolve(store, planes, order)
 
+    converted: dict[int, np.ndarray] = {}  # many tensors share a label array
+
     def to_maps(arrays: Iterable[np.ndarray]) -> tuple[np.ndarray, ...]:
-        maps = (resolved.channel[a] for a in arrays)
-        return tuple(m for m in maps if (m >= 0).any())
+        maps = []
+        for a in arrays:
+            if id(a) not in converted:
+                converted[id(a)] = resolved.channel[a]
+            if (converted[id(a)] >= 0).any():
+                maps.append(converted[id(a)])
+        return tuple(maps)
 
     parameters = {n for n, _ in model.named_parameters()}
     tensors = {n: TensorMap(n, shapes[n], to_maps(p.labels for p in planes[n]), n in parameters) for n in order}
     mapped = {n for n, t in tensors.items() if t.maps and t.is_parameter}
     terms = tuple(CostTerm(t.kind, t.module, *_fold(t.coefficient, t.planes, resolved.channel)) for t in eval_trace.terms)
+    steps = tuple(TraceStep(s.op, s.shape, to_maps(s.planes)) for s in eval_trace.steps)
     return ChannelGraph(
         groups=resolved.groups,
         tensors={n: t for n, t in tensors.items() if t.maps},
         terms=terms,
+        steps=steps,
         norm_sites=tuple(NormSite(s.module, s.op, s.call, resolved.channel[s.labels]) for s in sites.values()),
         scale_sites=tuple(replace(s, channels=resolved.channel[s.channels]) for s in scale_sites),
         aliases=aliases,

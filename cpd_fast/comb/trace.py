@@ -36,6 +36,15 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One computing call of a trace: what it was, and the shape and label arrays of its first output."""
+
+    op: str
+    shape: tuple[int, ...]
+    planes: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
 class Site:
     """A call that normalises over a channel axis; ``labels`` broadcast to its input."""
 
@@ -109,6 +118,8 @@ class Tracer(TorchDispatchMode):
         self.alive: list[Tensor] = []  # ids are reused once a tensor dies
         self.stack: list[str] = [""]
         self.terms: list[Term] = []
+        self.steps: list[Step] = []
+        self.transparent: frozenset[str] = frozenset()  # modules that a replay looks through
         self.sites: list[Site] = []
         self.attention: list[AttentionSite] = []
         self.unknown: list[str] = []
@@ -300,9 +311,17 @@ class Tracer(TorchDispatchMode):
         states = result if isinstance(result, list) else [result] * len(outs)
         for o, s in zip(outs, states, strict=True):
             self.set_state(o, s)
-        if not call.op.endswith("_") and not func.is_view and op not in RULES_OF_VIEWS:
-            for o, s in zip(outs, states, strict=True):
-                self.add_cost("activation_bytes", o.element_size(), tuple(o.shape), [p.labels for p in s.planes])
+        if func.is_view or op in VIEWS:
+            return
+        out, state = outs[0], states[0]  # further outputs are statistics for the backward
+        labels = [p.labels for p in state.planes]
+        if not op.endswith("_"):
+            self.add_cost("activation_bytes", out.element_size(), tuple(out.shape), labels)
+        self.step(Step(op, tuple(out.shape), tuple(labels)))
+
+    def step(self, step: Step) -> None:
+        """Remember a computing call; a replay compares it with the original instead."""
+        self.steps.append(step)
 
     def _unknown(self, op: str) -> Rule:
         if self.on_unknown == "error":
@@ -315,7 +334,8 @@ class Tracer(TorchDispatchMode):
         return RULES["unknown"]
 
 
-RULES_OF_VIEWS = {"aten.detach", "aten.alias", "aten.lift_fresh", "aten._unsafe_view", "aten.clone", "aten._to_copy"}
+# calls that only change how a tensor is stored; whether they happen at all may depend on strides
+VIEWS = {f"aten.{n}" for n in "detach alias lift_fresh _unsafe_view clone _to_copy copy_ as_strided_ empty".split()}
 
 
 def _out_of_place_tags(func: Any) -> list[Any]:
@@ -412,10 +432,15 @@ def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
 
         def enter(_m: nn.Module, _args: Any, name: str = name) -> None:
             tracer.stack.append(name)
+            if name in tracer.transparent:
+                tracer._suspended = True
 
-        def leave(m: nn.Module, _args: Any, out: Any) -> None:
+        def leave(m: nn.Module, args: Any, out: Any) -> None:
             name = tracer.stack.pop()
-            if type(m) is nn.Identity and isinstance(out, Tensor):
+            if name in tracer.transparent:
+                tracer._suspended = False
+                tracer.set_state(out, tracer.state(args[0]))
+            if type(m) is nn.Identity and isinstance(out, Tensor) and name not in tracer.transparent:
                 tracer.set_state(out, replace(tracer.state(out), identity=name))
 
         handles.append(m.register_forward_pre_hook(enter))

@@ -84,7 +84,7 @@ def compact(
     for name, factor in identities.items():
         small.set_submodule(name, Scale(factor))
     repair_known(small, graph, alive)
-    repair(small, graph, plan, Replayer(small, graph, alive, *graph.inputs))
+    repair(small, graph, plan, Replayer(small, graph, alive, frozenset(identities)))
     carried = [] if optimizer is None else _carry_optimizer(optimizer, model, small, cuts)
     if inplace:
         _overwrite(model, small)

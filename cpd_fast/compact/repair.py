@@ -19,7 +19,7 @@ from torch import nn
 
 from cpd_fast.comb.labels import LabelCheck
 from cpd_fast.comb.planes import Plane
-from cpd_fast.comb.trace import Tracer, clone_to_meta, run_trace, tensor_names
+from cpd_fast.comb.trace import Step, Tracer, clone_to_meta, run_trace, tensor_names
 from cpd_fast.compact.shrink import box_shape
 from cpd_fast.errors import CompactError
 from cpd_fast.types import ChannelGraph, PrunePlan
@@ -76,34 +76,73 @@ def _repair_conv(m: nn.modules.conv._ConvNd, graph: ChannelGraph, alive: np.ndar
 class Replay:
     """How far a replay came: ``error`` is None when it came to the end and every channel met its own."""
 
-    n_ops: int
+    done: int
     module: str
     error: Exception | None
 
 
 class Replayer:
-    """Replays a compacted model; made once a compaction, run once an edit."""
+    """Replays a compacted model; made once a compaction, run once an edit.
 
-    def __init__(
-        self, model: nn.Module, graph: ChannelGraph, alive: np.ndarray, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self._model, self._graph, self._args, self._kwargs = model, graph, args, kwargs
+    Every computing call must be the one that comb saw, with the shape that the plan leaves of it, and channels may
+    only meet themselves.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, alive: np.ndarray, transparent: frozenset[str]) -> None:
+        self._model, self._graph, self._transparent = model, graph, transparent
         self._planes = {name: _kept_planes(t.maps, t.shape, alive) for name, t in graph.tensors.items()}
+        sizes = _BoxSizes(alive)
+        self._expected = [(s.op, sizes.shape(s.shape, s.maps)) for s in graph.steps]
 
     def run(self) -> Replay:
         """One label-checked forward on meta tensors, in eval mode."""
         clone = clone_to_meta(self._model).eval()
         ids, _ = tensor_names(clone)
-        tracer = Tracer(LabelCheck(), ids, dict(self._planes), heads=False)
-        tracer.on_unknown = "freeze"
+        tracer = _ReplayTracer(LabelCheck(), ids, dict(self._planes), heads=False)
+        tracer.on_unknown, tracer.transparent, tracer.expected = "freeze", self._transparent, self._expected
         try:
-            run_trace(clone, self._args, self._kwargs, tracer)
+            run_trace(clone, *self._graph.inputs, tracer)
         except Exception as e:
-            return Replay(tracer.n_ops, tracer.module, e)
-        if tracer.output_shapes != self._graph.output_shapes:
+            return Replay(tracer.done, tracer.module, e)
+        if tracer.output_shapes != self._graph.output_shapes or tracer.done != len(self._expected):
             error = CompactError(f"output shapes {tracer.output_shapes}, expected {self._graph.output_shapes}")
-            return Replay(tracer.n_ops, "", error)
-        return Replay(tracer.n_ops, "", None)
+            return Replay(tracer.done, "", error)
+        return Replay(tracer.done, "", None)
+
+
+class _ReplayTracer(Tracer):
+    """Compares every computing call with the one that comb saw."""
+
+    expected: list[tuple[str, tuple[int, ...]]]
+    done = 0
+
+    def step(self, step: Step) -> None:
+        op, shape = self.expected[self.done] if self.done < len(self.expected) else ("the end", ())
+        if step.op != op:
+            raise CompactError(f"the forward takes another path: {step.op} where {op} was")
+        if step.shape != shape:
+            raise CompactError(f"{op} gives shape {step.shape}, the plan leaves {shape}")
+        self.done += 1
+
+
+class _BoxSizes:
+    """Sizes that a plan leaves of shapes with channel maps; many tensors share a map."""
+
+    def __init__(self, alive: np.ndarray) -> None:
+        self._alive = alive
+        self._cache: dict[int, dict[int, int]] = {}
+
+    def shape(self, shape: tuple[int, ...], maps: tuple[np.ndarray, ...]) -> tuple[int, ...]:
+        new = list(shape)
+        for m in maps:
+            if id(m) not in self._cache:
+                keep = self._alive[m]
+                dims = [d for d, s in enumerate(m.shape) if s > 1]
+                left = box_shape(keep) if not keep.all() else m.shape
+                self._cache[id(m)] = {d: left[d] for d in dims}
+            for d, size in self._cache[id(m)].items():
+                new[d] = min(new[d], size)
+        return tuple(new)
 
 
 def _kept_planes(maps: tuple[np.ndarray, ...], shape: tuple[int, ...], alive: np.ndarray) -> list[Plane]:
@@ -178,8 +217,8 @@ def _improve(model: nn.Module, sizes: _Sizes, replayer: Replayer, before: Replay
                 with _Applied(module, chosen):
                     after = replayer.run()
                 done = after.error is None
-                if done or after.n_ops > before.n_ops:
-                    if best is None or done or after.n_ops > best[0].n_ops:
+                if done or after.done > before.done:
+                    if best is None or done or after.done > best[0].done:
                         best = (after, chosen)
                     if done:
                         break
@@ -209,7 +248,7 @@ def _repeat_on_class(
             applied.append(_Applied(other, tuple(own)))
             applied[-1].__enter__()
     after = replayer.run()
-    if after.error is None or after.n_ops >= reached.n_ops:
+    if after.error is None or after.done >= reached.done:
         return after
     for a in applied:
         a.__exit__()

@@ -54,17 +54,22 @@ def make_cut(tensor: TensorMap, alive: np.ndarray) -> Cut | None:
 
 
 def box_shape(keep: np.ndarray) -> list[int]:
-    """Shape of what remains: rows may keep different columns, but equally many."""
-    shape = []
-    for d in range(keep.ndim):
-        counts = np.unique(keep.sum(d))
-        counts = counts[counts > 0]
-        other = keep.any(tuple(a for a in range(keep.ndim) if a != d)).sum()
-        shape.append(int(counts[0]) if len(counts) == 1 else int(other))
-    total = int(keep.sum())
-    if int(np.prod(shape)) != total:
-        raise AssertionError(f"{total} elements remain, which is not a box of shape {shape}")
-    return shape
+    """Shape of what remains: rows may keep different columns along one dim, but equally many.
+
+    Raises:
+        ValueError: If what remains is no box.
+    """
+    for fast in reversed(range(keep.ndim)):
+        counts = keep.sum(fast)
+        rows = counts > 0
+        left = counts[rows]
+        if not left.size or (left != left[0]).any():
+            continue
+        axes = range(rows.ndim)
+        shape = [int(rows.any(tuple(a for a in axes if a != d)).sum()) for d in axes]
+        if int(np.prod(shape)) == int(rows.sum()):
+            return [*shape[:fast], int(left[0]), *shape[fast:]]
+    raise ValueError(f"{int(keep.sum())} of {keep.size} elements remain, which is not a box")
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:
