@@ -22,6 +22,7 @@ from cpd_fast.types import ChannelGraph, PrunePlan
 
 FORMAT = "cpd_fast.network"
 VERSION = 1
+META = "cpd_fast"  # key of the safetensors metadata that holds ours
 MAX_INPUT_ELEMENTS = 1 << 28  # a file may not ask for more example input than this
 
 
@@ -189,8 +190,8 @@ def pack_tensors(tensors: Mapping[str, Tensor], head: Mapping[str, Any], kind: s
     """
     flat = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
     text = json.dumps(dict(head), sort_keys=True)
-    meta = {"format": kind, "version": str(version), "head": text, "sha256": _digest(flat, text)}
-    return safetensors_bytes(flat, metadata=meta)
+    meta = {"format": kind, "version": version, "head": text, "sha256": _digest(flat, text)}
+    return safetensors_bytes(flat, metadata={META: json.dumps(meta)})  # one key: several come out in random order
 
 
 def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -203,16 +204,16 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
         raise FileFormatError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as f:
-            meta = f.metadata() or {}
+            meta = json.loads((f.metadata() or {}).get(META, "{}"))
             found = (meta.get("format"), meta.get("version"))
-            tensors = {name: f.get_tensor(name) for name in f.keys()} if found == (kind, str(version)) else {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()} if found == (kind, version) else {}
     except Exception as e:  # whatever the parser says of bytes that are no safetensors document, it is the file's fault
         raise FileFormatError(f"{path}: corrupt or truncated, not a safetensors file ({e})") from e
     if found[0] != kind:
         raise FileFormatError(f"{path}: expected a {kind} file, got {found[0] or 'plain safetensors'}")
-    if found[1] != str(version):
+    if found[1] != version:
         raise FileFormatError(f"{path}: {kind} version {found[1]}, this cpd_fast reads {version}; upgrade cpd_fast")
-    text = meta.get("head", "")
+    text = str(meta.get("head"))
     if meta.get("sha256") != _digest(tensors, text):
         raise FileFormatError(f"{path}: corrupt: its contents do not have the SHA-256 that they were written with")
     try:

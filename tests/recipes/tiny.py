@@ -1,0 +1,71 @@
+"""A task of a second, and a process that dies in the middle of it: ``python tiny.py RUN_DIR WRITE_TO_DIE_AT``."""
+
+import os
+import signal
+import sys
+
+import torch
+
+from cpd_fast import recipes
+from cpd_fast.data import DataSplits, Split
+from cpd_fast.errors import BackendError
+from cpd_fast.models import SmallResNet
+from cpd_fast.recipes import outcome
+
+STEPS = {"teacher_steps": 6, "prune_steps": 6, "prune_events": 2, "finetune_steps": 5, "checkpoint_every": 2}
+SETTINGS = {**STEPS, "batch_size": 8, "round_to": 2, "score_batches": 1, "latency_runs": 3}
+
+
+def segmentation():
+    """A task with a label for every pixel: which quarter of the grey scale it lies in."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (40, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    split = Split(images, images[:, 0] // 64)
+    palette = ((0, 0, 0), (80, 80, 80), (160, 160, 160), (255, 255, 255))
+    data = DataSplits("quarters", ("a", "b", "c", "d"), palette, 127.0, 128.0, split, split, split)
+    net = lambda: torch.nn.Sequential(  # noqa: E731
+        torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.BatchNorm2d(16), torch.nn.ReLU(), torch.nn.Conv2d(16, 4, 1)
+    )
+    return recipes.Task("quarters", "tiny", data, net, distill_at="3")
+
+
+def classification():
+    """Two classes that differ in brightness, ten names."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(64, dtype=torch.uint8) % 2
+    images = (torch.rand(64, 1, 16, 16, generator=generator) * 100 + labels[:, None, None, None] * 100).to(torch.uint8)
+    split = Split(images, labels)
+    data = DataSplits("brightness", ("dark", "bright"), (), 127.0, 128.0, split, split, split, shift=1, flips="h")
+    return recipes.Task("brightness", "tiny", data, lambda: SmallResNet(2, widths=(8, 16)))
+
+
+def no_onnx(*_):
+    raise BackendError("left out in this test")
+
+
+def run(folder, task=None, **settings):
+    outcome.export_onnx = no_onnx
+    return recipes.cpd(
+        task or classification(), run_dir=folder, talk=recipes.Talk(quiet=True), **{**SETTINGS, **settings}
+    )
+
+
+def die_at_write(die_at):
+    """From now on ``kill -9`` this process at its n-th write: odd n before the file is in place, even n after."""
+    seen, replace = 0, os.replace
+
+    def dying_replace(source, target):
+        nonlocal seen
+        seen += 1
+        if seen == die_at and die_at % 2:
+            os.kill(os.getpid(), signal.SIGKILL)  # the file is complete, but not in place
+        replace(source, target)
+        if seen == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = dying_replace
+
+
+if __name__ == "__main__":
+    die_at_write(int(sys.argv[2]))
+    run(sys.argv[1])
