@@ -38,15 +38,18 @@ class HessianTrace(Criterion):
             about 2.0 times a forward + backward a probe and its memory twice. ``"finite_difference"``: one more
             gradient a probe at parameters moved along the probe, which are restored bit for bit whatever happens; works
             with every operator, in the memory of a training step and a copy of the parameters. Its error of first
-            order in the step is odd in the probe and averages out.
+            order in the step is odd in the probe and averages out; a step across the kink of a ReLU shows as a rare
+            large observation (longer steps tame them).
         signed: True leaves traces their sign (directions of negative curvature lower the score and are pruned first,
             as in HAP); False takes the magnitude of each channel's mean.
         step: Length of the finite-difference step a parameter; ``None`` is 2 sqrt(eps) (1 + ||w||) / ||v||.
-        generator: Source of the probes; ``None`` is a fresh one on the CPU with seed 0 for every call.
+        generator: Source of the probes; ``None`` is a fresh one on the CPU with seed 0 for every call. A CPU generator
+            serves models on any device, with the same probes.
 
     Raises:
         ScoreError: If an argument is out of range; while scoring, if the loss is not a finite scalar with a graph, a
-            Hessian-vector product is not finite, or an operator has no double backward (engine ``"retained"``).
+            Hessian-vector product is not finite, an operator has no double backward (engine ``"retained"``), or a
+            parameter is of half precision (engine ``"finite_difference"``).
 
     Source: Yu et al., arXiv:2101.08940 (HAP), relative Hessian trace; their code leaves the 1/2 out and scores output
     rows only. Adding the columns of the coupled consumers is ours.
@@ -138,7 +141,18 @@ def _refuse_dead_ends(grads: Sequence[Tensor]) -> None:
 
 
 def _finite_difference(criterion: HessianTrace, context: Context, closure: Closure) -> Iterator[_Product]:
+    """Forward differences of the gradient.
+
+    Raises:
+        ScoreError: If a parameter is of half precision.
+    """
     tensors = context.tensors
+    for name, t in context.params.items():
+        if t.dtype not in (torch.float32, torch.float64):
+            raise ScoreError(
+                f"HessianTrace: a finite difference needs fp32 parameters, {name} is {t.dtype}: a step would be lost "
+                "in rounding; keep the parameters in fp32 (autocast is fine) or use engine='retained'"
+            )
 
     def gradients() -> tuple[Tensor | None, ...]:
         with torch.random.fork_rng(_cuda(tensors)):  # the same random numbers every time

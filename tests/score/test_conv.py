@@ -37,6 +37,7 @@ def second_order(inputs, nd, options, wanted, mode):
     return [y, *grads, *torch.autograd.grad(grads, leaves, v)]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("wanted", ["xwb", "w", "x", "xw", "wb"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_pytorchs_double_backward(case, wanted):

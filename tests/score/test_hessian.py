@@ -319,6 +319,30 @@ def test_errors():
         score(model, graph, [batch], cross_entropy)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parameters(dtype):
+    """Retained products accumulate in fp32; a finite difference refuses."""
+    model, graph = two_conv(act=nn.Tanh)
+    batch = data(3, 8, 8, classes=4, dtype=torch.float32)
+    exact = score(model, graph, [batch], cross_entropy, HessianTrace(2))
+    model.to(dtype)
+    half = (batch[0].to(dtype), batch[1])
+    scores = score(model, graph, [half], lambda m, b: F.cross_entropy(m(b[0]).float(), b[1]), HessianTrace(2))
+    for n in exact:
+        torch.testing.assert_close(scores[n], exact[n], rtol=0.1, atol=0.05 * float(exact[n].abs().max()))
+    with pytest.raises(ScoreError, match="a finite difference needs fp32 parameters, conv1.weight is torch"):
+        score(model, graph, [half], cross_entropy, HessianTrace(engine="finite_difference"))
+
+
+def test_channels_last_weights():
+    model, graph = two_conv()
+    batch = data(3, 8, 8, classes=4, dtype=torch.float32)
+    plain = score(model, graph, [batch], cross_entropy, HessianTrace(2))
+    model.to(memory_format=torch.channels_last)
+    for n, v in score(model, graph, [batch], cross_entropy, HessianTrace(2)).items():
+        torch.testing.assert_close(v, plain[n], rtol=1e-4, atol=1e-6)
+
+
 def test_not_finite_names_the_parameter():
     model, graph = mlp()
 
