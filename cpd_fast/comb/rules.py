@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from cpd_fast.comb.planes import Plane, State, constant_state, meet, orbit, permute, record_grid, reshape
 from cpd_fast.comb.trace import Call, Tracer, register_rule
 
+Shape = tuple[int, ...]
 POOLS = "a pooling window or interpolation runs over this axis"
 
 
@@ -428,72 +429,110 @@ def _grouped(
     return rows
 
 
-def _contract(t: Tracer, a: Tensor, b: Tensor, out: Tensor, batch: int) -> State:
-    """a (*batch, M, K) @ b (*batch, K, N): labels of K meet, batch dims meet, M and N remain."""
-    sa, sb = t.state(a), t.state(b)
-    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    lead = tuple(out.shape[:batch])
+def _contract(t: Tracer, a: State, shape_a: Shape, b: State, shape_b: Shape, out: Shape) -> State:
+    """a (*batch, M, K) @ b (*batch, K, N), batch broadcast: labels of K meet, batch dims meet, M and N remain."""
+    batch = len(out) - 2
 
-    def lift(state: State, shape: tuple[int, ...], absent: int) -> tuple[State, tuple[int, ...]]:
-        planes = [Plane(np.expand_dims(p.labels, absent), p.fast + (p.fast >= absent)) for p in state.planes]
-        return (
-            State(tuple(planes), frozenset(d + (d >= absent) for d in state.constant)),
-            (*shape[:absent], 1, *shape[absent:]),
-        )
+    def lift(state: State, shape: Shape, absent: int) -> tuple[State, Shape]:
+        shift = len(out) - len(shape)
+        planes = []
+        for p in state.planes:
+            labels = np.expand_dims(p.labels.reshape((1,) * shift + p.labels.shape), absent)
+            fast = p.fast + shift
+            planes.append(Plane(labels, fast + (fast >= absent)))
+        constant = {d + shift for d in state.constant}
+        full = (1,) * shift + shape
+        return State(tuple(planes), frozenset(d + (d >= absent) for d in constant)), (*full[:absent], 1, *full[absent:])
 
-    la, shape_a = lift(sa, tuple(a.shape), batch + 2)  # (batch, M, K, 1)
-    lb, shape_b = lift(sb, tuple(b.shape), batch)  # (batch, 1, K, N)
-    for state in (sa, sb):
+    for state, inner in ((a, len(shape_a) - 1), (b, len(shape_b) - 2)):
         if state.source:
-            inner = batch + 1 if state is sa else batch
             for p in state.planes:
                 if p.labels.shape[inner] > 1:
                     t.store.consume(p.labels)
-    joint = (*lead, m, k, n)
-    met = meet(t.store, [la, lb], [shape_a, shape_b], joint, t.heads)
+    lifted = [lift(a, shape_a, batch + 2), lift(b, shape_b, batch)]  # (batch, M, K, 1), (batch, 1, K, N)
+    joint = (*out[:batch], shape_a[-2], shape_a[-1], out[-1])
+    met = meet(t.store, [s for s, _ in lifted], [shape for _, shape in lifted], joint, t.heads)
     t.add_cost("macs", 1, joint, [p.labels for p in met.planes])
     planes = [
         Plane(p.labels.squeeze(batch + 1), p.fast - (p.fast > batch + 1))
         for p in t.reduce_planes(met.planes, {batch + 1})
     ]
-    constant = frozenset(d - (d > batch + 1) for d in met.constant if d != batch + 1)
-    return State(tuple(planes), constant)
+    return State(tuple(planes), frozenset(d - (d > batch + 1) for d in met.constant if d != batch + 1))
 
 
-def _linear_sources(t: Tracer, w: Tensor, bias: Tensor | None) -> tuple[str, ...]:
-    sources = (t.state(w).source, t.state(bias).source if bias is not None else None)
-    return tuple(s for s in sources if s)
+def _matmul(t: Tracer, a: Tensor, b: Tensor, out: Tensor) -> State:
+    """torch.matmul, vectors included."""
+    sa, shape_a, sb, shape_b, shape = t.state(a), tuple(a.shape), t.state(b), tuple(b.shape), tuple(out.shape)
+    if a.dim() == 1:
+        sa, shape_a, shape = reshape(t.store, sa, shape_a, (1, *shape_a)), (1, *shape_a), (*shape[:-1], 1, *shape[-1:])
+    if b.dim() == 1:
+        sb, shape_b, shape = reshape(t.store, sb, shape_b, (*shape_b, 1)), (*shape_b, 1), (*shape, 1)
+    state = _contract(t, sa, shape_a, sb, shape_b, shape)
+    return reshape(t.store, state, shape, tuple(out.shape))
 
 
-@register_rule("aten.mm")
-def mm(t: Tracer, call: Call) -> State:
-    """(M, K) @ (K, N)."""
-    state = _contract(t, call.args[0], call.args[1], call.out, 0)
-    return replace(state, scaled_by=_linear_sources(t, call.args[1], None))
+def _sources(t: Tracer, *params: Tensor | None) -> tuple[str, ...]:
+    return tuple(s for p in params if p is not None and (s := t.state(p).source))
 
 
-@register_rule("aten.bmm", "aten.matmul")
-def bmm(t: Tracer, call: Call) -> State:
-    """(B, M, K) @ (B, K, N)."""
-    return _contract(t, call.args[0], call.args[1], call.out, 1)
+def _add_bias(t: Tracer, state: State, bias: Tensor, out: Tensor) -> State:
+    shape = tuple(out.shape)
+    return meet(t.store, [state, t.state(bias)], [shape, tuple(bias.shape)], shape, t.heads)
 
 
-@register_rule("aten.addmm", "aten.baddbmm")
+@register_rule("function.linear")
+def linear(t: Tracer, call: Call) -> State:
+    """x (..., K) with weight (N, K) and bias (N,)."""
+    x, w, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
+    shape = tuple(call.out.shape)
+    sx, shape_x = t.state(x), tuple(x.shape)
+    if x.dim() == 1:
+        sx, shape_x, shape = reshape(t.store, sx, shape_x, (1, *shape_x)), (1, *shape_x), (1, *shape)
+    state = _contract(t, sx, shape_x, permute(t.state(w), [1, 0]), (w.shape[1], w.shape[0]), shape)
+    state = reshape(t.store, state, shape, tuple(call.out.shape))
+    if bias is not None:
+        state = _add_bias(t, state, bias, call.out)
+    return replace(state, scaled_by=_sources(t, w, bias))
+
+
+@register_rule("aten.mm", "aten.bmm", "aten.matmul", "aten.mv", "aten.dot", "function.matmul", "function.__matmul__")
+def matmul(t: Tracer, call: Call) -> State:
+    """Products of matrices, batches of them, and vectors."""
+    state = _matmul(t, call.args[0], call.args[1], call.out)
+    return replace(state, scaled_by=_sources(t, call.args[1]) if call.op == "aten.mm" else ())
+
+
+@register_rule("function.__rmatmul__")
+def rmatmul(t: Tracer, call: Call) -> State:
+    """b.__rmatmul__(a) is a @ b."""
+    return _matmul(t, call.args[1], call.args[0], call.out)
+
+
+@register_rule("aten.addmm", "aten.baddbmm", "aten.addmv")
 def addmm(t: Tracer, call: Call) -> State:
     """bias + a @ b."""
     bias, a, b = call.args[:3]
-    state = _contract(t, a, b, call.out, call.out.dim() - 2)
-    shape = tuple(call.out.shape)
-    met = meet(t.store, [state, t.state(bias)], [shape, tuple(bias.shape)], shape, t.heads)
-    return replace(met, scaled_by=_linear_sources(t, b, bias))
+    return replace(_add_bias(t, _matmul(t, a, b, call.out), bias, call.out), scaled_by=_sources(t, b, bias))
 
 
-@register_rule("aten.mv", "aten.dot", "aten.addmv")
-def mv(t: Tracer, call: Call) -> State:
-    """Matrix-vector products: kept whole."""
-    for x in _tensors(call):
-        t.freeze_all(x, "matrix-vector product")
-    return State()
+@register_rule("function.scaled_dot_product_attention")
+def attention(t: Tracer, call: Call) -> State:
+    """softmax(q k^T * scale + mask) v; q (..., N, E), k (..., S, E), v (..., S, E_v)."""
+    q, k, v = (call.arg(i, name) for i, name in enumerate(("query", "key", "value")))
+    mask = call.arg(3, "attn_mask")
+    if call.arg(7, "enable_gqa", False):
+        for x in (q, k, v):
+            t.freeze_all(x, "grouped-query attention")
+        return State()
+    scores = (*call.out.shape[:-1], k.shape[-2])
+    swapped = [*range(k.dim() - 2), k.dim() - 1, k.dim() - 2]
+    shape_k = tuple(k.shape[d] for d in swapped)
+    state = _contract(t, t.state(q), tuple(q.shape), permute(t.state(k), swapped), shape_k, scores)
+    if t.replay and q.shape[-1] == 1:  # one dim a head left: its label would pass for the head's
+        state = State()
+    if mask is not None:
+        state = meet(t.store, [state, t.state(mask)], [scores, tuple(mask.shape)], scores, t.heads)
+    return _contract(t, state, scores, t.state(v), tuple(v.shape), tuple(call.out.shape))
 
 
 @register_rule("aten.embedding")

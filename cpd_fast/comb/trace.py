@@ -110,6 +110,8 @@ class Tracer(TorchDispatchMode):
     each name (shared by several traces of one model, so that their constraints unite).
     """
 
+    replay = False  # whether labels are those of a compacted model
+
     def __init__(self, store: LabelStore, tensors: dict[int, str], planes: dict[str, list[Plane]], heads: bool) -> None:
         super().__init__()
         self.store, self.planes, self.heads = store, planes, heads
@@ -309,19 +311,23 @@ class Tracer(TorchDispatchMode):
             rule = self._unknown(op)
         result = rule(self, call)
         states = result if isinstance(result, list) else [result] * len(outs)
+        self.finish(op, outs, states, computes=not func.is_view and op not in VIEWS)
+
+    def finish(self, op: str, outs: list[Tensor], states: list[State], computes: bool = True) -> None:
+        """Take over what a rule said of a call's outputs."""
         for o, s in zip(outs, states, strict=True):
             self.set_state(o, s)
-        if func.is_view or op in VIEWS:
+        if not computes:
             return
         out, state = outs[0], states[0]  # further outputs are statistics for the backward
         labels = [p.labels for p in state.planes]
         if not op.endswith("_"):
             self.add_cost("activation_bytes", out.element_size(), tuple(out.shape), labels)
-        self.step(Step(op, tuple(out.shape), tuple(labels)))
+        self.step(op, out, state)
 
-    def step(self, step: Step) -> None:
+    def step(self, op: str, out: Tensor, state: State) -> None:
         """Remember a computing call; a replay compares it with the original instead."""
-        self.steps.append(step)
+        self.steps.append(Step(op, tuple(out.shape), tuple(p.labels for p in state.planes)))
 
     def _unknown(self, op: str) -> Rule:
         if self.on_unknown == "error":
@@ -372,7 +378,7 @@ class _FunctionWatcher(TorchFunctionMode):
                 return func(*args, **kwargs)
             with tracer.suspended():
                 out = func(*args, **kwargs)
-            tracer.set_state(out, RULES[f"function.{name}"](tracer, Call(name, tuple(args), kwargs, out)))
+            tracer.finish(name, [out], [RULES[f"function.{name}"](tracer, Call(name, tuple(args), kwargs, out))])
             return out
         finally:
             tracer.function = outer

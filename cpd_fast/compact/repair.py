@@ -9,17 +9,17 @@ sizes it became, and an edit stays when the replay gets further.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cpd_fast.comb.labels import LabelCheck
-from cpd_fast.comb.planes import Plane
-from cpd_fast.comb.trace import Step, Tracer, clone_to_meta, run_trace, tensor_names
+from cpd_fast.comb.planes import Plane, State
+from cpd_fast.comb.trace import Tracer, clone_to_meta, run_trace, tensor_names
 from cpd_fast.compact.shrink import box_shape
 from cpd_fast.errors import CompactError
 from cpd_fast.types import ChannelGraph, PrunePlan
@@ -91,8 +91,8 @@ class Replayer:
     def __init__(self, model: nn.Module, graph: ChannelGraph, alive: np.ndarray, transparent: frozenset[str]) -> None:
         self._model, self._graph, self._transparent = model, graph, transparent
         self._planes = {name: _kept_planes(t.maps, t.shape, alive) for name, t in graph.tensors.items()}
-        sizes = _BoxSizes(alive)
-        self._expected = [(s.op, sizes.shape(s.shape, s.maps)) for s in graph.steps]
+        left = _Left(alive)
+        self._expected = [(s.op, *left.of(s.shape, s.maps)) for s in graph.steps]
 
     def run(self) -> Replay:
         """One label-checked forward on meta tensors, in eval mode."""
@@ -110,39 +110,52 @@ class Replayer:
         return Replay(tracer.done, "", None)
 
 
-class _ReplayTracer(Tracer):
-    """Compares every computing call with the one that comb saw."""
+_Expected = tuple[str, tuple[int, ...], list[Plane]]  # op, shape, channels of a computing call
 
-    expected: list[tuple[str, tuple[int, ...]]]
+
+class _ReplayTracer(Tracer):
+    """Compares every computing call with the one that comb saw, and goes on with what is expected of it."""
+
+    replay = True
+    expected: list[_Expected]
     done = 0
 
-    def step(self, step: Step) -> None:
-        op, shape = self.expected[self.done] if self.done < len(self.expected) else ("the end", ())
-        if step.op != op:
-            raise CompactError(f"the forward takes another path: {step.op} where {op} was")
-        if step.shape != shape:
-            raise CompactError(f"{op} gives shape {step.shape}, the plan leaves {shape}")
+    def step(self, op: str, out: Tensor, state: State) -> None:
+        """Raise :class:`CompactError` where the compacted forward leaves the original one."""
+        wanted, shape, planes = self.expected[self.done] if self.done < len(self.expected) else ("the end", (), [])
+        if op != wanted:
+            raise CompactError(f"the forward takes another path: {op} where {wanted} was")
+        if tuple(out.shape) != shape:
+            raise CompactError(f"{op} gives shape {tuple(out.shape)}, the plan leaves {shape}")
+        for plane in planes:
+            for got in state.planes:
+                if got.dims == plane.dims:
+                    self.store.unite(got.labels, plane.labels)
+        self.set_state(out, replace(state, planes=tuple(planes)))
         self.done += 1
 
 
-class _BoxSizes:
-    """Sizes that a plan leaves of shapes with channel maps; many tensors share a map."""
+class _Left:
+    """What a plan leaves of shapes and channel maps; many tensors share a map."""
 
     def __init__(self, alive: np.ndarray) -> None:
         self._alive = alive
-        self._cache: dict[int, dict[int, int]] = {}
+        self._cache: dict[int, np.ndarray] = {}
 
-    def shape(self, shape: tuple[int, ...], maps: tuple[np.ndarray, ...]) -> tuple[int, ...]:
-        new = list(shape)
+    def of(self, shape: tuple[int, ...], maps: tuple[np.ndarray, ...]) -> tuple[tuple[int, ...], list[Plane]]:
+        """The shape of the compacted tensor and the channels along its dims."""
+        new, planes = list(shape), []
         for m in maps:
             if id(m) not in self._cache:
                 keep = self._alive[m]
-                dims = [d for d, s in enumerate(m.shape) if s > 1]
-                left = box_shape(keep) if not keep.all() else m.shape
-                self._cache[id(m)] = {d: left[d] for d in dims}
-            for d, size in self._cache[id(m)].items():
-                new[d] = min(new[d], size)
-        return tuple(new)
+                self._cache[id(m)] = m if keep.all() else m[keep].reshape(box_shape(keep))
+            labels = self._cache[id(m)]
+            for d, size in enumerate(m.shape):
+                if size > 1:
+                    new[d] = min(new[d], labels.shape[d])
+            varying = [d for d, s in enumerate(labels.shape) if s > 1]
+            planes.append(Plane(labels, varying[-1] if varying else 0))
+        return tuple(new), planes
 
 
 def _kept_planes(maps: tuple[np.ndarray, ...], shape: tuple[int, ...], alive: np.ndarray) -> list[Plane]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cpd_fast.comb import comb
-from cpd_fast.compact import compact
+from cpd_fast.compact import Scale, compact
 from cpd_fast.errors import CompactError, PlanError
 from cpd_fast.prune import attach_masks, masked
 from cpd_fast.schedule import plan_cost, random_plan
@@ -57,7 +57,8 @@ def check(model, x, keep, dtype, tolerance):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     predicted, real = plan_cost(graph, plan), plan_cost(comb(small, x))
     assert (predicted.params, predicted.macs) == (real.params, real.macs)
-    assert predicted.activation_bytes == pytest.approx(real.activation_bytes, rel=0.1)  # a Scale is one more op
+    if not any(isinstance(m, Scale) for m in small.modules()):  # which is one more op
+        assert predicted.activation_bytes == real.activation_bytes
     assert real.params == sum(p.numel() for p in small.parameters())
     return small, graph, plan
 
