@@ -23,8 +23,8 @@ template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 constexpr int64_t kChunk = 1024;            // s, t, es, et of a chunk: 16 KiB, half of the smallest L1
-constexpr int64_t kTileFloats = 64 * 1024;  // lanes: elements of one tensor in a tile; four such tiles fill 1 MiB of L2
-constexpr int64_t kMaxLanes = 1024, kMinLanes = 64;
+constexpr int64_t kTileFloats = 128 * 1024;  // lanes: elements of one tensor in a tile; two such tiles fill 1 MiB of L2
+constexpr int64_t kMaxLanes = 1024, kMinLanes = 64, kLaneRun = 128, kAhead = 2;
 
 template <class A>
 constexpr A kNegInf = -std::numeric_limits<A>::infinity();
@@ -186,86 +186,161 @@ void rows(const ChannelKl& args) {
 
 // ---- lanes: the reduced dim is strided; a tile of neighbouring columns runs side by side in the vector registers ----
 
-// State of a tile's columns, and room for one chunk of both tensors where they need converting.
+// A tile is copied to contiguous scratch first: rows of it lie a power of two apart in memory as often as not, and
+// would chase each other out of the few cache sets they share.
 template <class A>
 struct Lanes {
-  std::vector<A> ms, mt, bs, bt, zs, zt, a, fs, ft;  // one chunk's, in the type that is computed in
-  std::vector<Sums<A>> sums;
-  std::vector<A> s, t, es, et;
-  explicit Lanes(int64_t width)
-      : ms(width), mt(width), bs(width), bt(width), zs(width), zt(width), a(width), fs(width), ft(width), sums(width) {}
+  std::vector<A> ms, mt;                // maxima that the sums are relative to
+  std::vector<double> zs, zt, a;        // sums so far
+  std::vector<A> bs, bt, czs, czt, ca;  // bases (finite) and sums of the run of rows at hand
+  std::vector<A> fs, ft;                // factors of the gradient
+  std::vector<A> s, t;                  // (rows, width), in place their exponentials, in place the gradient
+  Lanes(int64_t width, int64_t rows)
+      : ms(width),
+        mt(width),
+        zs(width),
+        zt(width),
+        a(width),
+        bs(width),
+        bt(width),
+        czs(width),
+        czt(width),
+        ca(width),
+        fs(width),
+        ft(width),
+        s(rows * width),
+        t(rows * width) {}
+
+  void reset(int64_t width) {
+    std::fill_n(ms.begin(), width, kNegInf<A>);
+    std::fill_n(mt.begin(), width, kNegInf<A>);
+    for (auto* sums : {&zs, &zt, &a}) std::fill_n(sums->begin(), width, 0.0);
+  }
 };
 
-// Rows [0, n) of a tile as the type that is computed in; returns the distance between rows.
+// Ask for a row of a tile ahead of time: its neighbours lie a page away, where hardware prefetchers do not look.
+template <int kWrite, class T>
+inline void prefetch_row(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(row + i, kWrite, 2);
+}
+
 template <class T, class A>
-int64_t load_tile(const T* x, int64_t stride, int64_t n, int64_t width, std::vector<A>* buffer, const A** out) {
+void copy_row(const T* from, int64_t n, A* to) {
   if constexpr (std::is_same_v<T, A>) {
-    *out = x;
-    return stride;
+    store(to, from, n);
   } else {
-    buffer->resize(std::max<int64_t>(n * width, buffer->size()));
-    for (int64_t r = 0; r < n; ++r) load(x + r * stride, buffer->data() + r * width, width);
-    *out = buffer->data();
-    return width;
+    load(from, to, n);
   }
 }
 
-template <class A>
-void lanes_raise(const A* s, const A* t, int64_t stride, int64_t n, int64_t width, double c, Lanes<A>* lanes) {
+// Rows [0, n) of a tile into scratch; maxima are raised on the way, and the sums so far brought to them.
+template <class T, class A>
+void lanes_load(const T* s, const T* t, int64_t stride, int64_t n, int64_t width, A c, Lanes<A>* lanes) {
+  A* bs = lanes->bs.data();
+  A* bt = lanes->bt.data();
   A* ms = lanes->ms.data();
   A* mt = lanes->mt.data();
-  for (int64_t i = 0; i < width; ++i) {
-    ms[i] = lanes->sums[i].ms;
-    mt[i] = lanes->sums[i].mt;
-  }
+  double* zs = lanes->zs.data();
+  double* zt = lanes->zt.data();
+  double* a = lanes->a.data();
+  std::copy_n(ms, width, bs);
+  std::copy_n(mt, width, bt);
   for (int64_t r = 0; r < n; ++r) {
-    const A* sr = s + r * stride;
-    const A* tr = t + r * stride;
+    A* sr = lanes->s.data() + r * width;
+    A* tr = lanes->t.data() + r * width;
+    if (r + kAhead < n) {
+      prefetch_row<0>(s + (r + kAhead) * stride, width);
+      prefetch_row<0>(t + (r + kAhead) * stride, width);
+    }
+    copy_row(s + r * stride, width, sr);
+    copy_row(t + r * stride, width, tr);
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-      ms[i] = sr[i] > ms[i] ? sr[i] : ms[i];
-      mt[i] = tr[i] > mt[i] ? tr[i] : mt[i];
+      bs[i] = sr[i] > bs[i] ? sr[i] : bs[i];
+      bt[i] = tr[i] > bt[i] ? tr[i] : bt[i];
     }
   }
+#pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
-    lanes->sums[i].raise(ms[i], mt[i], c);
-    lanes->bs[i] = finite_base(ms[i]);
-    lanes->bt[i] = finite_base(mt[i]);
-    lanes->zs[i] = lanes->zt[i] = lanes->a[i] = 0;
+    const A shift_s = ms[i] == kNegInf<A> ? A(0) : (bs[i] - ms[i]) * c;
+    const A shift_t = mt[i] == kNegInf<A> ? A(0) : (bt[i] - mt[i]) * c;
+    const A fade_s = exp_neg(-shift_s), fade_t = exp_neg(-shift_t);
+    const double brought = fade_t * (a[i] + zt[i] * (shift_s - shift_t));
+    a[i] = fade_t == A(0) ? 0.0 : brought;
+    zs[i] *= fade_s;
+    zt[i] *= fade_t;
+    ms[i] = bs[i];
+    mt[i] = bt[i];
+    bs[i] = finite_base(bs[i]);
+    bt[i] = finite_base(bt[i]);
   }
 }
 
+// Add rows [begin, end) of scratch to the sums: fp32 over these rows, fp64 beyond.
 template <bool kKeep, class A>
-void lanes_add(const A* s, const A* t, int64_t stride, int64_t n, int64_t width, A c, Lanes<A>* lanes, A* es,
-               int64_t es_stride, A* et) {
+void lanes_add(int64_t begin, int64_t end, int64_t width, A c, Lanes<A>* lanes) {
   const A* bs = lanes->bs.data();
   const A* bt = lanes->bt.data();
-  A* zs = lanes->zs.data();
-  A* zt = lanes->zt.data();
-  A* a = lanes->a.data();
-  for (int64_t r = 0; r < n; ++r) {
-    const A* sr = s + r * stride;
-    const A* tr = t + r * stride;
-    A* esr = es + r * es_stride;
-    A* etr = et + r * width;
+  A* zs = lanes->czs.data();
+  A* zt = lanes->czt.data();
+  A* a = lanes->ca.data();
+  for (int64_t i = 0; i < width; ++i) zs[i] = zt[i] = a[i] = 0;
+  for (int64_t r = begin; r < end; ++r) {
+    A* sr = lanes->s.data() + r * width;
+    A* tr = lanes->t.data() + r * width;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
       const A x = (sr[i] - bs[i]) * c, y = (tr[i] - bt[i]) * c;
       const A ex = exp_neg(x), ey = exp_neg(y);
       if (kKeep) {
-        esr[i] = ex;
-        etr[i] = ey;
+        sr[i] = ex;
+        tr[i] = ey;
       }
       zs[i] += ex;
       zt[i] += ey;
       const A term = ey * (y - x);
-      a[i] += ey != A(0) ? term : A(0);
+      const A kept = ey != A(0) ? term : A(0);
+      a[i] += kept;
     }
   }
+  double* all_zs = lanes->zs.data();
+  double* all_zt = lanes->zt.data();
+  double* all_a = lanes->a.data();
+#pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
-    lanes->sums[i].zs += zs[i];
-    lanes->sums[i].zt += zt[i];
-    lanes->sums[i].a += a[i];
+    all_zs[i] += zs[i];
+    all_zt[i] += zt[i];
+    all_a[i] += a[i];
+  }
+}
+
+// Loss and gradient factors of every lane, once its sums are complete.
+template <class A>
+void lanes_finish(const ChannelKl& args, int64_t column, int64_t width, Lanes<A>* lanes) {
+  const A* grad = args.grad ? static_cast<const A*>(args.grad) + column : nullptr;
+  A* loss = args.loss ? static_cast<A*>(args.loss) + column : nullptr;
+  const A* ms = lanes->ms.data();
+  const A* mt = lanes->mt.data();
+  const double* zs = lanes->zs.data();
+  const double* zt = lanes->zt.data();
+  const double* a = lanes->a.data();
+  A* fs = lanes->fs.data();
+  A* ft = lanes->ft.data();
+  const double loss_scale = args.loss_scale, grad_scale = args.grad_scale;
+  for (int64_t i = 0; i < width; ++i) fs[i] = grad ? grad[i] : A(1);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    const bool empty = ((ms[i] == kNegInf<A>) | (mt[i] == kNegInf<A>)) & (zs[i] == zs[i]) & (zt[i] == zt[i]);
+    const double scale = grad_scale * fs[i];
+    fs[i] = empty ? A(0) : A(scale / zs[i]);
+    ft[i] = empty ? A(0) : A(scale / zt[i]);
+  }
+  if (loss == nullptr) return;
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    const bool empty = ((ms[i] == kNegInf<A>) | (mt[i] == kNegInf<A>)) & (zs[i] == zs[i]) & (zt[i] == zt[i]);
+    const double kl = a[i] / zt[i] + log_positive(zs[i] / zt[i]);
+    loss[i] = empty ? A(0) : A(loss_scale * kl);
   }
 }
 
@@ -277,62 +352,37 @@ void tile(const ChannelKl& args, int64_t o, int64_t lane, int64_t width, int64_t
   const T* t = static_cast<const T*>(args.teacher) + begin;
   T* ds = args.dstudent ? static_cast<T*>(args.dstudent) + begin : nullptr;
   const A c = A(args.inv_temperature);
-  const bool keep = ds != nullptr && n <= chunk;  // the whole column fits: its exponentials wait in L2
-  const int64_t es_stride = std::is_same_v<T, A> ? stride : width;
-  std::fill_n(lanes->sums.begin(), width, Sums<A>());
-  A* es = nullptr;
-  if (keep) {
-    es = exps_of_student(ds, &lanes->es, n * width);
-    lanes->et.resize(std::max<int64_t>(n * width, lanes->et.size()));
-  }
+  const bool keep = n <= chunk;  // whole columns fit: their exponentials wait in scratch
+  lanes->reset(width);
   for (int64_t r = 0; r < n; r += chunk) {
     const int64_t m = std::min(chunk, n - r);
-    const A *sr, *tr;
-    const int64_t step = load_tile(s + r * stride, stride, m, width, &lanes->s, &sr);
-    load_tile(t + r * stride, stride, m, width, &lanes->t, &tr);
-    lanes_raise(sr, tr, step, m, width, args.inv_temperature, lanes);
-    if (keep) {
-      lanes_add<true>(sr, tr, step, m, width, c, lanes, es, es_stride, lanes->et.data());
-    } else {
-      lanes_add<false>(sr, tr, step, m, width, c, lanes, es, 0, lanes->et.data());
+    lanes_load(s + r * stride, t + r * stride, stride, m, width, c, lanes);
+    for (int64_t k = 0; k < m; k += kLaneRun) {
+      const int64_t end = std::min(m, k + kLaneRun);
+      keep ? lanes_add<true>(k, end, width, c, lanes) : lanes_add<false>(k, end, width, c, lanes);
     }
   }
-  for (int64_t i = 0; i < width; ++i) {
-    const Sums<A>& sums = lanes->sums[i];
-    if (args.loss) static_cast<A*>(args.loss)[column + i] = A(args.loss_scale * sums.kl());
-    const double grad = args.grad ? double(static_cast<const A*>(args.grad)[column + i]) : 1.0;
-    const double scale = args.grad_scale * grad;
-    lanes->fs[i] = sums.is_empty() ? A(0) : A(scale / sums.zs);
-    lanes->ft[i] = sums.is_empty() ? A(0) : A(scale / sums.zt);
-    // A student of -inf alone has no largest value: any finite one serves, its exponentials are 0.
-    lanes->bs[i] = finite_base(sums.ms);
-    lanes->bt[i] = finite_base(sums.mt);
-  }
+  lanes_finish(args, column, width, lanes);
   if (ds == nullptr) return;
   const A* fs = lanes->fs.data();
   const A* ft = lanes->ft.data();
-  if (keep) {
-    for (int64_t r = 0; r < n; ++r) {
-      A* e = es + r * es_stride;
-      const A* f = lanes->et.data() + r * width;
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) e[i] = e[i] * fs[i] - f[i] * ft[i];
-      if constexpr (!std::is_same_v<T, A>) store(ds + r * stride, e, width);
-    }
-    return;
-  }
   const A* bs = lanes->bs.data();
   const A* bt = lanes->bt.data();
-  lanes->es.resize(std::max<int64_t>(width, lanes->es.size()));
   for (int64_t r = 0; r < n; ++r) {
-    const A *sr, *tr;
-    load_tile(s + r * stride, stride, 1, width, &lanes->s, &sr);
-    load_tile(t + r * stride, stride, 1, width, &lanes->t, &tr);
-    A* e = lanes->es.data();
+    A* e = lanes->s.data() + (keep ? r * width : 0);
+    A* f = lanes->t.data() + (keep ? r * width : 0);
+    if (r + kAhead < n) prefetch_row<1>(ds + (r + kAhead) * stride, width);
+    if (keep) {
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      const A x = (sr[i] - bs[i]) * c, y = (tr[i] - bt[i]) * c;
-      e[i] = exp_neg(x) * fs[i] - exp_neg(y) * ft[i];
+      for (int64_t i = 0; i < width; ++i) e[i] = e[i] * fs[i] - f[i] * ft[i];
+    } else {
+      copy_row(s + r * stride, width, e);
+      copy_row(t + r * stride, width, f);
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) {
+        const A x = (e[i] - bs[i]) * c, y = (f[i] - bt[i]) * c;
+        e[i] = exp_neg(x) * fs[i] - exp_neg(y) * ft[i];
+      }
     }
     store(ds + r * stride, e, width);
   }
@@ -341,14 +391,15 @@ void tile(const ChannelKl& args, int64_t o, int64_t lane, int64_t width, int64_t
 template <class T>
 void columns(const ChannelKl& args) {
   using A = compute_t<T>;
-  // As wide as L2 allows, in whole cache lines: neighbours in memory are what prefetchers like.
-  const int64_t fit = kTileFloats / std::max<int64_t>(args.reduce, 1) / 16 * 16;
-  const int64_t width = std::min(args.inner, std::clamp(fit, kMinLanes, kMaxLanes));
-  const int64_t chunk = std::max<int64_t>(1, kTileFloats / width);
+  // As wide as L2 allows, in whole cache lines: neighbours in memory are what prefetchers like. Columns too long for
+  // that are read twice, in chunks.
+  const int64_t fit = kTileFloats / args.reduce / 16 * 16;
+  const int64_t width = std::min(args.inner, fit >= kMinLanes ? std::min(fit, kMaxLanes) : kMaxLanes);
+  const int64_t chunk = std::min(args.reduce, kTileFloats / width);
   const int64_t tiles = (args.inner + width - 1) / width;
 #pragma omp parallel num_threads(args.num_threads)
   {
-    Lanes<A> lanes(width);
+    Lanes<A> lanes(width, chunk);
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < args.outer * tiles; ++k) {
       const int64_t lane = (k % tiles) * width;
