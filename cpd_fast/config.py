@@ -41,9 +41,11 @@ class CompressConfig:
     finetune_steps: int = _range(80, 0, 10**7, "steps of the compacted network, with distillation")
     student_lr: float = _range(8e-4, 0, 10, "peak learning rate while pruning and fine-tuning")
     weight_decay: float = _range(1e-2, 0, 10, "of AdamW")
-    round_to: int = _range(8, 1, 1024, "kept channels of a layer are a multiple of this; kernels are slow on odd widths")
+    round_to: int = _range(
+        8, 1, 1024, "kept channels of a layer are a multiple of this; kernels are slow on odd widths"
+    )
     num_probes: int = _range(1, 1, 10**4, "Rademacher probes a batch of the Hessian trace")
-    score_batches: int = _range(2, 1, 10**5, "batches that each scoring looks at")
+    score_batches: int = _range(4, 1, 10**5, "batches that each scoring looks at")
     tau: float = _range(1.0, 1e-3, 1e3, "temperature of the distillation loss")
     distill_weight: float = _range(3.0, 0, 1e4, "weight of the distillation loss beside the task's own")
     latency_runs: int = _range(1000, 1, 10**6, "timed forwards of each network")

@@ -123,10 +123,10 @@ def cpd(
             raise RunFolderError(f"recipes.cpd: expected Target(macs=...) alone, got {target}")
         target = float(target.given["macs"])
     config = default_config(task if isinstance(task, str) else task.name, target_macs=float(target), **settings)
-    name = task if isinstance(task, str) else task.name
-    with RunFolder(run_dir, {"recipe": "cpd", "task": name, **config.as_dict()}) as folder, StopRequest() as stop:
+    loaded = builtin(task, data_dir) if isinstance(task, str) else task
+    asked = {"recipe": "cpd", "task": loaded.name, **config.as_dict()}
+    with RunFolder(run_dir, asked) as folder, StopRequest() as stop:
         with talk or Talk() as voice:
-            loaded = builtin(task, data_dir) if isinstance(task, str) else task
             run = _Run(loaded, config, folder, voice, stop, command or f"python {' '.join(sys.argv)}")
             try:
                 return run.go()
@@ -256,7 +256,8 @@ class _Run:
                 return loss_of(model(batch[0]), batch[1])
 
             probes = torch.Generator().manual_seed(seed)
-            criterion = HessianTrace(num_probes=c.num_probes, generator=probes)
+            # magnitude: with a handful of probes the sign of a channel's trace is noise, and ranks it at random
+            criterion = HessianTrace(num_probes=c.num_probes, signed=False, generator=probes)
             scores = score(student, graph, batches, loss, criterion=criterion)
         if step == 0:  # later scores know nothing of what is gone by then; the report shows the first
             info = {k: v for k, v in scores.info.items() if isinstance(v, (str, int, float, bool))}

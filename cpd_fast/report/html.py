@@ -51,9 +51,8 @@ def render(results: Results, folder: str | os.PathLike[str] | None = None) -> st
         _section("Width of every layer", _legend(("before", "dense"), ("after", "kept")), _widths(r)),
         _section(
             "Scores of the channels",
-            "<p>Hessian trace of the first scoring, logarithmic; more to the right is more important. Channels are "
-            "ranked by score for each multiply-accumulate that they cost, over the whole network, so that an expensive "
-            "channel can go before a cheaper one with a lower score.</p>",
+            "<p>Magnitude of the Hessian trace at the first scoring, logarithmic; further right is more important. "
+            "Later scorings see the network as it is by then, so that the two colours overlap.</p>",
             _legend(("stay", "kept"), ("go", "gone")),
             f'<div class="grid">{"".join(_histogram(h) for h in r.histograms)}</div>',
         )
@@ -173,7 +172,7 @@ def _legend(*items: tuple[str, str]) -> str:
 def _widths(r: Results) -> str:
     widest = max((before for _, before, _ in r.widths), default=1)
     rows = "".join(
-        f'<div class="bar" title="{escape(name)}: {before} to {after}"><span>{escape(name)}</span>'
+        f'<div class="bar" title="{escape(name)}: {before} to {after}"><span><bdi>{escape(name)}</bdi></span>'
         f'<span class="track"><i class="dense" style="width:{100 * before / widest:.2f}%"></i>'
         f'<i class="kept" style="width:{100 * after / widest:.2f}%"></i></span>'
         f"<span>{before}{f' &rarr; <b>{after}</b>' if after != before else ''}</span></div>"

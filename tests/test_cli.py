@@ -1,0 +1,123 @@
+"""The command line: results on stdout, talk on stderr, exit codes, errors in one line."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from cpd_fast import cli, recipes
+from cpd_fast.recipes import outcome
+from cpd_fast.report import Results
+
+spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parent / "recipes" / "tiny.py")
+tiny = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """``run("comb", "climate")`` -> exit code, stdout, stderr, each with its white space collapsed."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cpd-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+        out, err = capsys.readouterr()
+        return e.value.code or 0, " ".join(out.split()), " ".join(err.replace("│", " ").split())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outcome, "export_onnx", tiny.no_onnx)
+        return recipes.cpd(
+            tiny.classification(),
+            run_dir=tmp_path_factory.mktemp("cli") / "run",
+            talk=recipes.Talk(quiet=True),
+            **tiny.SETTINGS,
+        )
+
+
+def test_comb_prints_groups_and_cost(run):
+    code, out, err = run("comb", "fashion-mnist")
+    assert code == 0 and err == ""
+    assert "layers.0.conv1 32 6" in out and "308,074 parameters, 10,150,272 MACs" in out
+
+
+def test_comb_of_an_unknown_model(run):
+    code, _, err = run("comb", "resnet18")
+    assert code == 2 and "expected timm/NAME, climate or fashion-mnist" in err
+
+
+def test_comb_of_a_misspelt_timm_model(run):
+    pytest.importorskip("timm", reason="timm is not installed")
+    code, _, err = run("comb", "timm/resnet81")
+    assert code == 2 and "timm has no model 'resnet81'; did you mean" in err
+
+
+def test_report_shows_the_table_and_the_path(run, finished):
+    (finished.run_dir / "report.html").unlink()
+    code, out, err = run("report", finished.run_dir)
+    assert code == 0 and err == ""
+    assert "Parameters" in out and f"Report: {finished.report}" in out and finished.report.is_file()
+
+
+def test_report_as_json(run, finished):
+    code, out, _ = run("report", finished.run_dir, "--json")
+    assert code == 0 and Results.from_json(out) == finished.results and json.loads(out)["version"] == 1
+
+
+def test_report_of_an_unfinished_run(run, tmp_path):
+    code, out, err = run("report", tmp_path)
+    assert (
+        code == 1 and out == "" and "holds no results.json; the run is not finished" in err and "Traceback" not in err
+    )
+
+
+def test_doctor_names_every_backend(run):
+    code, out, _ = run("doctor")
+    assert code == 0 and all(f"backend {b}" in out for b in ("reference runs", "cpu", "cuda", "triton"))
+
+
+def test_settings_are_listed(run):
+    code, out, _ = run("settings")
+    assert code == 0 and "round_to 8 1 to 1024" in out
+
+
+def test_compress_calls_the_recipe_and_ends_with_table_and_path(run, finished, monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(recipes, "cpd", lambda task, **options: asked.update(task=task, **options) or finished)
+    code, out, _ = run(
+        "compress", "--demo", "--seed", 3, "--teacher-steps", 5, "--set", "tau=2.5", "--run-dir", tmp_path
+    )
+    assert code == 0 and out.endswith(f"Report: {finished.report}") and "before after change" in out
+    assert (asked["task"], asked["seed"], asked["teacher_steps"], asked["tau"]) == ("climate", 3, 5, 2.5)
+    assert asked["run_dir"] == tmp_path and asked["command"].startswith("cpd-fast compress --demo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--data", "imagenet"], 1, "error: data 'imagenet' is unknown; choose one of climate, fashion-mnist"),
+        (["--target-macs", "1.5"], 1, "error: target_macs=1.5: expected a number from 0.001 to 1"),
+        (["--set", "tua=1"], 1, "error: tua: no such setting, did you mean tau?"),
+        (["--set", "tau"], 2, "expected NAME=VALUE"),
+        (["--data", "fashion-mnist", "--data-dir", "/nowhere"], 1, "apt-get install dataset-fashion-mnist"),
+    ],
+    ids=["data", "target", "setting", "syntax", "folder"],
+)
+def test_compress_errors_are_one_line(run, tmp_path, arguments, code, message):
+    got, out, err = run("compress", "--run-dir", tmp_path / "run", *arguments)
+    assert got == code and out == "" and message in err and "Traceback" not in err
+
+
+def test_ctrl_c_is_130(run, monkeypatch, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "cpd", interrupt)
+    assert run("compress", "--run-dir", tmp_path)[0] == 130
