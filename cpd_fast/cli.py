@@ -187,8 +187,10 @@ def _model(name: str, size: int) -> tuple[Any, tuple[int, ...]]:
         raise typer.BadParameter(f"model {name!r}: expected timm/NAME, climate or fashion-mnist")
     if importlib.util.find_spec("timm") is None:
         raise typer.BadParameter("timm is not installed; install it with: pip install timm")
-    import timm
-
+    try:
+        import timm
+    except (ImportError, RuntimeError) as e:  # a torchvision built for another torch raises RuntimeError
+        raise typer.BadParameter(f"timm cannot be imported ({e}); install a torchvision that fits torch") from e
     if not timm.is_model(rest):
         import difflib
 

@@ -1,0 +1,17 @@
+"""The examples run as they are."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def test_ten_lines(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("timm", reason="timm is not installed")
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(EXAMPLES / "ten_lines.py"))
+    before, after = capsys.readouterr().out.splitlines()
+    assert before == str(names["cpd"].cost(names["model"], names["x"])) and before != after
+    assert names["cpd"].cost(names["small"], names["x"]).macs <= 0.5 * names["cpd"].cost(names["model"], names["x"]).macs
