@@ -50,7 +50,10 @@ class CMakeBuild(build_ext):
 
 
 packages = sorted({"cpd_fast", *find_packages(include=["cpd_fast.*"])} | {"cpd_fast.kernels"})
+readme = ROOT / "README.md"
 setup(
+    long_description=readme.read_text() if readme.exists() else "",
+    long_description_content_type="text/markdown",
     packages=packages,
     package_dir={"cpd_fast.kernels": "kernels"},
     package_data={"": ["py.typed", "*.pyi", "*.html", "*.j2", "*.css", "*.js", "*.svg", "*.json", "*.yaml"]},
