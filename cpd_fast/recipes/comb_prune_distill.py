@@ -174,10 +174,15 @@ class _Run:
             self._batch_norm(small)
             self._save_student(small, graph, plan)
         small = store.load(self.folder.path / "student.safetensors", teacher, graph=graph).eval()
-        results = finish(
-            self.task, self.config, self.folder, self.talk, graph, plan, teacher.eval(), small, self._scores(graph),
-            curve=self.curve, events=self.events, seconds=self.seconds, command=self.command,
-        )  # fmt: skip
+        if stage == "done":
+            text = (self.folder.path / "results.json").read_text()
+            results = Results.from_json(text, str(self.folder.path / "results.json"))
+        else:
+            results = finish(
+                self.task, self.config, self.folder, self.talk, graph, plan, teacher.eval(), small,
+                self._scores(graph), self.curve, self.events, self.seconds, self.command,
+            )  # fmt: skip
+            self._checkpoint("done", 0, {}, {"plan": plan.to_json()})
         return Result(self.folder.path, plan, teacher, small, results, self.folder.path / "report.html")
 
     # ------------------------------------------------------------------------------------------------------ stages
@@ -360,7 +365,8 @@ class _Run:
         self.curve = [(str(s), int(i), float(v)) for s, i, v in state["curve"]]
         self.events = [(int(i), float(v)) for i, v in state["events"]]
         self.seconds = dict(state["seconds"])
-        self.talk.say(f"Resuming {self.folder.path} at stage {stage}, step {step}")
+        where = "is finished" if stage == "done" else f"continues at stage {stage}, step {step}"
+        self.talk.say(f"The run in {self.folder.path} {where}")
         return stage, step, tensors, state
 
     def _checkpoint(self, stage: str, step: int, tensors: dict[str, Tensor], keep: dict[str, Any]) -> None:

@@ -36,7 +36,6 @@ def finish(
     teacher: nn.Module,
     student: nn.Module,
     scores: Scores,
-    *,
     curve: list[tuple[str, int, float]],
     events: list[tuple[int, float]],
     seconds: dict[str, float],
@@ -87,7 +86,7 @@ def finish(
             settings=folder.read_json("run.json")["settings"],
             command=command,
             environment=environment(),
-            notes=(*_data_notes(task), *notes),
+            notes=(*_data_notes(task), _training_note(config), *notes),
             seconds=seconds,
         )
         folder.write("results.json", results.to_json())
@@ -151,6 +150,14 @@ def _histograms(graph: ChannelGraph, plan: PrunePlan, scores: Scores) -> tuple[H
     picked = list(dict.fromkeys(g.name for g in (*by_loss[:2], *by_loss[-4:])))
     everything = of(f"all {len(groups)} groups", {g.name for g in groups})
     return (everything, *(of(f"{name} ({lost[name]:.0%} removed)", {name}) for name in picked))
+
+
+def _training_note(config: CompressConfig) -> str:
+    more = config.prune_steps + config.finetune_steps
+    return (
+        f"One seed. The teacher was trained for {config.teacher_steps} steps, the student for {more} more from there: "
+        "a gain over the teacher comes from these steps, not from removing channels."
+    )
 
 
 def _data_notes(task: Task) -> list[str]:
