@@ -34,7 +34,7 @@ class CompressConfig:
     target_macs: float = _range(0.5, 1e-3, 1.0, "fraction of the multiply-accumulates that remains")
     seed: int = _range(0, 0, 2**31 - 1, "seed of initialisation, batches and probes")
     batch_size: int = _range(16, 1, 65536, "images a step")
-    teacher_steps: int = _range(120, 0, 10**7, "steps of training before pruning; 0: the model is trained already")
+    teacher_steps: int = _range(200, 0, 10**7, "steps of training before pruning; 0: the model is trained already")
     teacher_lr: float = _range(1.5e-3, 0, 10, "peak learning rate of the teacher")
     prune_steps: int = _range(60, 1, 10**7, "steps under masks, with distillation")
     prune_events: int = _range(4, 1, 10**4, "how many times channels are scored and masked during prune_steps")

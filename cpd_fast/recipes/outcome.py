@@ -45,13 +45,13 @@ def finish(
     data, names, notes = task.data, ("teacher", "student"), []
     networks = dict(zip(names, (teacher, student), strict=True))
     costs = dict(zip(names, (plan_cost(graph, None), plan_cost(graph, plan)), strict=True))
-    with talk.bar("Measure", 5) as bar:
+    with talk.bar("Measure and export", 4) as bar:
         bar.advance(0, "test split")
         quality = {n: evaluate(m, data, data.test) for n, m in networks.items()}
         bar.advance(1, "export ONNX")
         try:
             errors = {n: _export(m, task, folder, n) for n, m in networks.items()}
-            bar.advance(2, "latency")
+            bar.advance(1, "latency")
             files = [folder.path / f"{n}.onnx" for n in names]
             timed = compare_latency(
                 files, task.example_inputs(), "onnxruntime", config.latency_runs, seconds=LATENCY_SECONDS
@@ -59,6 +59,7 @@ def finish(
             notes.append(f"ONNX Runtime equals PyTorch to {max(errors.values()):.1e} of the largest output.")
         except BackendError as e:
             notes.append(f"No ONNX files, and latency in eager PyTorch: {e}")
+            bar.advance(1, "latency")
             timed = compare_latency(
                 [teacher, student], task.example_inputs(), "eager", config.latency_runs, seconds=LATENCY_SECONDS
             )
@@ -147,7 +148,7 @@ def _histograms(graph: ChannelGraph, plan: PrunePlan, scores: Scores) -> tuple[H
         return Histogram(title, tuple(edges.round(4).tolist()), tuple(count[0]), tuple(count[1]))
 
     by_loss = sorted(groups, key=lambda g: lost[g.name])
-    picked = list(dict.fromkeys(g.name for g in (*by_loss[:2], *by_loss[-4:])))
+    picked = list(dict.fromkeys(g.name for g in (*by_loss[:2], *by_loss[-3:])))
     everything = of(f"all {len(groups)} groups", {g.name for g in groups})
     return (everything, *(of(f"{name} ({lost[name]:.0%} removed)", {name}) for name in picked))
 

@@ -193,7 +193,7 @@ def _histogram(h: Histogram) -> str:
             bars.append(f'<rect class="kept" x="{x}" y="{height - k:.1f}" width="{w}" height="{k:.1f}"/>')
         if gone:
             bars.append(f'<rect class="gone" x="{x}" y="{height - k - g:.1f}" width="{w}" height="{g:.1f}"/>')
-    low, high = f"1e{h.edges[0]:.1f}", f"1e{h.edges[-1]:.1f}"
+    low, high = f"{10 ** h.edges[0]:.0e}", f"{10 ** h.edges[-1]:.0e}"
     return (
         f"<figure class=chart><figcaption>{escape(h.title)}</figcaption>"
         f'<svg viewBox="0 0 {width} {height + 16}" role="img" aria-label="score histogram of {escape(h.title)}">'
@@ -215,7 +215,9 @@ def _curve(r: Results) -> str:
         every = max(1, len(values) * len(stages) // MAX_POINTS)
         x0 = start / n * width
         points = [
-            ((start + i) / n * width, height - min(v / top, 1) * height) for i, v in enumerate(values) if i % every == 0
+            ((start + i) / n * width, height - min(v / top, 1) * (height - 44))
+            for i, v in enumerate(values)
+            if i % every == 0
         ]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         parts.append(f'<path class="axis" d="M{x0:.1f} 0V{height}"/><path class="line {stage}" d="{path}"/>')
