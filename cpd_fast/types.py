@@ -119,11 +119,15 @@ class TraceStep:
         op: Name of the operator.
         shape: Shape of its first output.
         maps: Channel maps that broadcast to ``shape``.
+        constants: Its numbers (scales, epsilons, group counts), which must stay.
+        rows: ``(tensor name, rows)`` whose scaling makes up for a first constant that follows a size.
     """
 
     op: str
     shape: tuple[int, ...]
     maps: tuple[np.ndarray, ...]
+    constants: tuple[float, ...]
+    rows: tuple[tuple[str, np.ndarray], ...]
 
 
 @dataclass(frozen=True, eq=False)

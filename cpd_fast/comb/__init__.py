@@ -12,7 +12,7 @@ from torch import nn
 
 import cpd_fast.comb.rules  # noqa: F401  (fills the rule table)
 from cpd_fast.comb.labels import LabelStore
-from cpd_fast.comb.planes import Plane, freeze_dims
+from cpd_fast.comb.planes import Plane, State, freeze_dims
 from cpd_fast.comb.resolve import fingerprint, resolve
 from cpd_fast.comb.trace import (
     Tracer,
@@ -103,7 +103,10 @@ def comb(
     tensors = {n: TensorMap(n, shapes[n], to_maps(p.labels for p in planes[n]), n in parameters) for n in order}
     mapped = {n for n, t in tensors.items() if t.maps and t.is_parameter}
     terms = tuple(CostTerm(t.kind, t.module, *_fold(t.coefficient, t.planes, resolved.channel)) for t in eval_trace.terms)
-    steps = tuple(TraceStep(s.op, s.shape, to_maps(s.planes)) for s in eval_trace.steps)
+    steps = tuple(
+        TraceStep(s.op, s.shape, to_maps(s.planes), s.constants, _rows_that_scale(planes, s.scaled))
+        for s in eval_trace.steps
+    )
     return ChannelGraph(
         groups=resolved.groups,
         tensors={n: t for n, t in tensors.items() if t.maps},
@@ -192,18 +195,28 @@ def _scale_sites(store: LabelStore, planes: dict[str, list[Plane]], tracer: Trac
             continue
         labels = np.broadcast_to(plane.labels, [*plane.labels.shape]).reshape(-1, plane.labels.shape[-1])
         labels = labels[np.sort(np.unique(labels, axis=0, return_index=True)[1])]
-        rows = []
-        for name in call.q.scaled_by:
-            for p in planes.get(name, ()):
-                own = p.labels.reshape(-1)
-                hit = np.flatnonzero(np.isin(own, labels)) if len(planes[name]) > 1 or not rows else rows[0][1]
-                if len(hit):
-                    rows.append((name, hit))
-                    break
+        rows = _rows_that_scale(planes, call.q)
         if call.q.identity is None and not rows:
             store.freeze(labels, "its attention takes 1/sqrt(head_dim) as scale, which cannot be kept")
             continue
-        sites.append(ScaleSite(call.module, labels, call.q.identity, tuple(rows)))
+        sites.append(ScaleSite(call.module, labels, call.q.identity, rows))
     return sites
 
 
+
+
+def _rows_that_scale(planes: dict[str, list[Plane]], state: State | None) -> tuple[tuple[str, np.ndarray], ...]:
+    """Rows of the parameters that a tensor is linear in: scaling them scales the tensor."""
+    if state is None or not state.scaled_by or not state.planes:
+        return ()
+    labels = np.unique(np.concatenate([p.labels.reshape(-1) for p in state.planes]))
+    rows: list[tuple[str, np.ndarray]] = []
+    for name in state.scaled_by:
+        if rows:  # the bias has the rows of the weight
+            rows.append((name, rows[0][1]))
+            continue
+        hit = [np.flatnonzero(np.isin(p.labels.reshape(-1), labels)) for p in planes.get(name, ()) if p.dims == (0,)]
+        if not hit or not len(hit[0]):
+            return ()
+        rows.append((name, hit[0]))
+    return tuple(rows)

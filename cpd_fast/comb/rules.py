@@ -361,7 +361,7 @@ def convolution(t: Tracer, call: Call) -> State:
     positions = prod(call.out.shape) // max(out_channels, 1) if not transposed else prod(x.shape) // x.shape[1]
     weight_planes = [p.labels for p in t.state(w).planes if not set(p.dims) & set(range(2, w.dim()))]
     t.add_cost("macs", positions, tuple(w.shape), weight_planes)
-    scaled = tuple(s for s in (w_state.source, t.state(bias).source if bias is not None else None) if s)
+    scaled = _sources(t, w, bias)
     if out_labels is None:
         state = State(constant=frozenset())
     else:
@@ -472,7 +472,9 @@ def _matmul(t: Tracer, a: Tensor, b: Tensor, out: Tensor) -> State:
 
 
 def _sources(t: Tracer, *params: Tensor | None) -> tuple[str, ...]:
-    return tuple(s for p in params if p is not None and (s := t.state(p).source))
+    """Names of the parameters a result is linear in, or nothing where one of them is computed."""
+    names = [t.state(p).source for p in params if p is not None]
+    return tuple(n for n in names if n) if all(names) else ()
 
 
 def _add_bias(t: Tracer, state: State, bias: Tensor, out: Tensor) -> State:
@@ -581,18 +583,15 @@ def batch_norm(t: Tracer, call: Call) -> Any:
     out = call.out[0] if isinstance(call.out, (tuple, list)) else call.out
     state = t.state(x)
     shape = [s if d == 1 else 1 for d, s in enumerate(x.shape)]
-    sources: list[str] = []
-    for i, p in enumerate(call.args[1:5]):
+    for p in call.args[1:5]:
         if isinstance(p, Tensor):
             moved = reshape(t.store, t.state(p), tuple(p.shape), tuple(shape))
             state = meet(t.store, [state, moved], [tuple(x.shape), tuple(shape)], tuple(x.shape), t.heads)
-            if i < 2 and (source := t.state(p).source):
-                sources.append(source)
     training = call.op != "aten._native_batch_norm_legit_no_training" and call.args[5] is True
     across = [p for p in t.state(x).planes if set(p.dims) - {1}] if training else []
     t.add_site(x, across)
     rest = [State() for o in tree_leaves(call.out) if isinstance(o, Tensor)][1:]
-    return [replace(state, scaled_by=tuple(sources)), *rest] if out is not call.out else state
+    return [replace(state, scaled_by=_sources(t, *call.args[1:3])), *rest] if out is not call.out else state
 
 
 @register_rule("aten.native_layer_norm", "aten.layer_norm", "function.rms_norm")
@@ -604,7 +603,7 @@ def layer_norm(t: Tracer, call: Call) -> Any:
     t.add_site(x, [p for p in t.state(x).planes if normalised.intersection(p.dims)])
     outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
     state = t.meet(x, *affine, out=outs[0])
-    state = replace(state, scaled_by=tuple(s for p in affine if (s := t.state(p).source)))
+    state = replace(state, scaled_by=_sources(t, *affine))
     return [state, *(_drop(t, x, o) for o in outs[1:])] if isinstance(call.out, (tuple, list)) else state
 
 

@@ -37,11 +37,17 @@ class Term:
 
 @dataclass(frozen=True)
 class Step:
-    """One computing call of a trace: what it was, and the shape and label arrays of its first output."""
+    """One computing call of a trace: what it was, and the shape and label arrays of its first output.
+
+    ``constants`` are its numbers that must not change; ``scaled`` the state of the first argument, where a constant
+    scales it.
+    """
 
     op: str
     shape: tuple[int, ...]
     planes: tuple[np.ndarray, ...]
+    constants: tuple[float, ...]
+    scaled: State | None
 
 
 @dataclass(frozen=True)
@@ -311,9 +317,9 @@ class Tracer(TorchDispatchMode):
             rule = self._unknown(op)
         result = rule(self, call)
         states = result if isinstance(result, list) else [result] * len(outs)
-        self.finish(op, outs, states, computes=not func.is_view and op not in VIEWS)
+        self.finish(call, outs, states, computes=not func.is_view and op not in VIEWS)
 
-    def finish(self, op: str, outs: list[Tensor], states: list[State], computes: bool = True) -> None:
+    def finish(self, call: Call, outs: list[Tensor], states: list[State], computes: bool = True) -> None:
         """Take over what a rule said of a call's outputs."""
         for o, s in zip(outs, states, strict=True):
             self.set_state(o, s)
@@ -321,13 +327,17 @@ class Tracer(TorchDispatchMode):
             return
         out, state = outs[0], states[0]  # further outputs are statistics for the backward
         labels = [p.labels for p in state.planes]
-        if not op.endswith("_"):
+        if not call.op.endswith("_"):
             self.add_cost("activation_bytes", out.element_size(), tuple(out.shape), labels)
-        self.step(op, out, state)
+        self.step(call, out, state)
 
-    def step(self, op: str, out: Tensor, state: State) -> None:
+    def step(self, call: Call, out: Tensor, state: State) -> None:
         """Remember a computing call; a replay compares it with the original instead."""
-        self.steps.append(Step(op, tuple(out.shape), tuple(p.labels for p in state.planes)))
+        scaled = None
+        if call.op.rstrip("_") in SCALING and call.args and isinstance(call.args[0], Tensor):
+            scaled = self.state(call.args[0])
+        labels = tuple(p.labels for p in state.planes)
+        self.steps.append(Step(call.op, tuple(out.shape), labels, constants(call), scaled))
 
     def _unknown(self, op: str) -> Rule:
         if self.on_unknown == "error":
@@ -338,6 +348,24 @@ class Tracer(TorchDispatchMode):
             )
         self.unknown.append(f"{op} ({self.where()})")
         return RULES["unknown"]
+
+
+SCALING = {"aten.mul", "aten.div", "scaled_dot_product_attention"}
+# calls whose integers are sizes, which may shrink
+SIZED = {
+    *(f"aten.{n}" for n in "convolution native_layer_norm repeat tile zeros ones full empty arange rand randn".split()),
+    *(f"aten.{n}" for n in "new_zeros new_ones new_full new_empty linspace eye native_channel_shuffle".split()),
+    *("linear", "matmul", "__matmul__", "rms_norm", "aten.empty_strided", "aten.new_empty_strided", "aten.split"),
+}
+
+
+def constants(call: Call) -> tuple[float, ...]:
+    """The numbers of a call that must be the same in a compacted model: floats, and integers that are no sizes."""
+    numbers = [v for v in tree_leaves((call.args, call.kwargs)) if isinstance(v, (int, float)) and v is not True]
+    numbers = [v for v in numbers if v is not False]
+    if call.op == "aten.native_group_norm":
+        return tuple(numbers[-2:])  # groups, eps
+    return tuple(v for v in numbers if isinstance(v, float) or call.op not in SIZED)
 
 
 # calls that only change how a tensor is stored; whether they happen at all may depend on strides
@@ -378,7 +406,8 @@ class _FunctionWatcher(TorchFunctionMode):
                 return func(*args, **kwargs)
             with tracer.suspended():
                 out = func(*args, **kwargs)
-            tracer.finish(name, [out], [RULES[f"function.{name}"](tracer, Call(name, tuple(args), kwargs, out))])
+            done = Call(name, tuple(args), kwargs, out)
+            tracer.finish(done, [out], [RULES[f"function.{name}"](tracer, done)])
             return out
         finally:
             tracer.function = outer

@@ -19,10 +19,14 @@ from torch import Tensor, nn
 
 from cpd_fast.comb.labels import LabelCheck
 from cpd_fast.comb.planes import Plane, State
-from cpd_fast.comb.trace import Tracer, clone_to_meta, run_trace, tensor_names
+from cpd_fast.comb.trace import Call, Tracer, clone_to_meta, constants, run_trace, tensor_names
 from cpd_fast.compact.shrink import box_shape
 from cpd_fast.errors import CompactError
-from cpd_fast.types import ChannelGraph, PrunePlan
+from cpd_fast.types import ChannelGraph, PrunePlan, TraceStep
+
+
+# layers whose sizes follow from their tensors; their other numbers (strides, groups of a norm) are no sizes
+KNOWN = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU, nn.Embedding)
 
 
 def repair_known(model: nn.Module, graph: ChannelGraph, alive: np.ndarray) -> None:
@@ -79,6 +83,7 @@ class Replay:
     done: int
     module: str
     error: Exception | None
+    scales: list[tuple[str, np.ndarray, float]]
 
 
 class Replayer:
@@ -92,7 +97,7 @@ class Replayer:
         self._model, self._graph, self._transparent = model, graph, transparent
         self._planes = {name: _kept_planes(t.maps, t.shape, alive) for name, t in graph.tensors.items()}
         left = _Left(alive)
-        self._expected = [(s.op, *left.of(s.shape, s.maps)) for s in graph.steps]
+        self._expected = [(s, *left.of(s.shape, s.maps)) for s in graph.steps]
 
     def run(self) -> Replay:
         """One label-checked forward on meta tensors, in eval mode."""
@@ -100,17 +105,18 @@ class Replayer:
         ids, _ = tensor_names(clone)
         tracer = _ReplayTracer(LabelCheck(), ids, dict(self._planes), heads=False)
         tracer.on_unknown, tracer.transparent, tracer.expected = "freeze", self._transparent, self._expected
+        tracer.scales = []
         try:
             run_trace(clone, *self._graph.inputs, tracer)
         except Exception as e:
-            return Replay(tracer.done, tracer.module, e)
+            return Replay(tracer.done, tracer.module, e, [])
         if tracer.output_shapes != self._graph.output_shapes or tracer.done != len(self._expected):
             error = CompactError(f"output shapes {tracer.output_shapes}, expected {self._graph.output_shapes}")
-            return Replay(tracer.done, "", error)
-        return Replay(tracer.done, "", None)
+            return Replay(tracer.done, "", error, [])
+        return Replay(tracer.done, "", None, tracer.scales)
 
 
-_Expected = tuple[str, tuple[int, ...], list[Plane]]  # op, shape, channels of a computing call
+_Expected = tuple[TraceStep, tuple[int, ...], list[Plane]]  # a computing call, the shape and channels left of it
 
 
 class _ReplayTracer(Tracer):
@@ -118,21 +124,36 @@ class _ReplayTracer(Tracer):
 
     replay = True
     expected: list[_Expected]
+    scales: list[tuple[str, np.ndarray, float]]
     done = 0
 
-    def step(self, op: str, out: Tensor, state: State) -> None:
+    def step(self, call: Call, out: Tensor, state: State) -> None:
         """Raise :class:`CompactError` where the compacted forward leaves the original one."""
-        wanted, shape, planes = self.expected[self.done] if self.done < len(self.expected) else ("the end", (), [])
-        if op != wanted:
-            raise CompactError(f"the forward takes another path: {op} where {wanted} was")
+        if self.done >= len(self.expected):
+            raise CompactError(f"the forward takes another path: {call.op} after the end")
+        wanted, shape, planes = self.expected[self.done]
+        if call.op != wanted.op:
+            raise CompactError(f"the forward takes another path: {call.op} where {wanted.op} was")
         if tuple(out.shape) != shape:
-            raise CompactError(f"{op} gives shape {tuple(out.shape)}, the plan leaves {shape}")
+            raise CompactError(f"{call.op} gives shape {tuple(out.shape)}, the plan leaves {shape}")
+        self._compare_constants(call.op, wanted, constants(call))
         for plane in planes:
             for got in state.planes:
                 if got.dims == plane.dims:
                     self.store.unite(got.labels, plane.labels)
         self.set_state(out, replace(state, planes=tuple(planes)))
         self.done += 1
+
+    def _compare_constants(self, op: str, wanted: TraceStep, found: tuple[float, ...]) -> None:
+        """A scale that follows a size (1/sqrt(head_dim)) is made up for by scaling the rows before it."""
+        if found == wanted.constants:
+            return
+        differ = [(a, b) for a, b in zip(wanted.constants, found, strict=False) if a != b]
+        if len(found) != len(wanted.constants) or len(differ) != 1 or not wanted.rows or 0 in differ[0]:
+            raise CompactError(f"{op}: its constants {wanted.constants} became {found}: they follow a size")
+        old, new = differ[0]
+        factor = new / old if op.startswith("aten.div") else old / new
+        self.scales += [(name, rows, factor) for name, rows in wanted.rows]
 
 
 class _Left:
@@ -188,7 +209,7 @@ def _kept_planes(maps: tuple[np.ndarray, ...], shape: tuple[int, ...], alive: np
 
 
 def repair(model: nn.Module, graph: ChannelGraph, plan: PrunePlan, replayer: Replayer) -> None:
-    """Edit attributes of custom modules until the replay succeeds.
+    """Edit attributes of custom modules until the replay succeeds; then scale rows before scales that moved.
 
     Raises:
         CompactError: When no edit gets the replay further; names the module, the failing call and what was tried.
@@ -197,7 +218,7 @@ def repair(model: nn.Module, graph: ChannelGraph, plan: PrunePlan, replayer: Rep
     result = replayer.run()
     for _ in range(200):
         if result.error is None:
-            return
+            return _scale_rows(model, graph, plan, result.scales)
         better = _improve(model, sizes, replayer, result)
         if better is None:
             module = model.get_submodule(result.module) if result.module else model
@@ -208,6 +229,20 @@ def repair(model: nn.Module, graph: ChannelGraph, plan: PrunePlan, replayer: Rep
             ) from result.error
         result = better
     raise CompactError("attribute repair does not end; keep the failing modules whole with comb(..., ignore=[...])")
+
+
+def _scale_rows(
+    model: nn.Module, graph: ChannelGraph, plan: PrunePlan, scales: list[tuple[str, np.ndarray, float]]
+) -> None:
+    alive = graph.alive(plan)
+    for name, rows, factor in scales:
+        kept = np.ones(graph.tensors[name].shape[0], bool)
+        for m in graph.tensors[name].maps:
+            if m.size == m.shape[0]:
+                kept &= alive[m.reshape(-1)]
+        left = torch.from_numpy((np.cumsum(kept) - 1)[rows[kept[rows]]])
+        with torch.no_grad():
+            model.get_parameter(name)[left] *= factor
 
 
 @dataclass(frozen=True)
@@ -313,6 +348,8 @@ class _Sizes:
     def edits(self, path: str, module: nn.Module) -> Iterator[_Edit]:
         """Integer attributes (and tuples of them) that hold an old size, with what it became."""
         pairs = self.around(path)
+        if isinstance(module, KNOWN):
+            return
         for name, value in vars(module).items():
             if name.startswith("_") or isinstance(value, bool):
                 continue
