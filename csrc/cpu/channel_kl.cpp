@@ -22,8 +22,9 @@ namespace {
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-constexpr int64_t kChunk = 1024;            // s, t, es, et of a chunk: 16 KiB, half of the smallest L1
-constexpr int64_t kTileFloats = 128 * 1024;  // lanes: elements of one tensor in a tile; two such tiles fill 1 MiB of L2
+constexpr int64_t kChunk = 1024;  // s, t, es, et of a chunk: 16 KiB, half of the smallest L1
+constexpr int64_t kTileFloats =
+    64 * 1024;  // lanes: elements of one tensor in a tile; two such tiles fill 512 KiB of L2
 constexpr int64_t kMaxLanes = 1024, kMinLanes = 64, kLaneRun = 128, kAhead = 2;
 
 template <class A>
@@ -96,6 +97,13 @@ inline void add_chunk(const A* s, const A* t, int64_t n, A c, Sums<A>* sums, A* 
   sums->a += a;
 }
 
+// Ask for memory ahead of time: while exponentials are taken, and where rows of a tile lie a page apart, hardware
+// prefetchers do not look far enough.
+template <int kWrite, class T>
+inline void prefetch_row(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(row + i, kWrite, 2);
+}
+
 template <class A>
 struct Scratch {
   std::vector<A> s, t, es, et, bases;
@@ -136,6 +144,9 @@ void row(const T* s, const T* t, int64_t n, const ChannelKl& args, double grad, 
     A ms = sums.ms, mt = sums.mt;
     raise_max(sk, tk, m, &ms, &mt);
     sums.raise(ms, mt, args.inv_temperature);
+    // The next chunk may be the next row's: rows lie behind each other.
+    prefetch_row<0>(s + i + m, kChunk);
+    prefetch_row<0>(t + i + m, kChunk);
     if (ds != nullptr) {
       scratch->bases[2 * k] = ms;
       scratch->bases[2 * k + 1] = mt;
@@ -218,12 +229,6 @@ struct Lanes {
   }
 };
 
-// Ask for a row of a tile ahead of time: its neighbours lie a page away, where hardware prefetchers do not look.
-template <int kWrite, class T>
-inline void prefetch_row(const T* row, int64_t n) {
-  for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(row + i, kWrite, 2);
-}
-
 template <class T, class A>
 void copy_row(const T* from, int64_t n, A* to) {
   if constexpr (std::is_same_v<T, A>) {
@@ -277,8 +282,9 @@ void lanes_load(const T* s, const T* t, int64_t stride, int64_t n, int64_t width
 }
 
 // Add rows [begin, end) of scratch to the sums: fp32 over these rows, fp64 beyond.
-template <bool kKeep, class A>
-void lanes_add(int64_t begin, int64_t end, int64_t width, A c, Lanes<A>* lanes) {
+template <bool kKeep, class T, class A>
+void lanes_add(int64_t begin, int64_t end, int64_t width, A c, Lanes<A>* lanes, const T* next_s, const T* next_t,
+               int64_t stride) {
   const A* bs = lanes->bs.data();
   const A* bt = lanes->bt.data();
   A* zs = lanes->czs.data();
@@ -288,6 +294,8 @@ void lanes_add(int64_t begin, int64_t end, int64_t width, A c, Lanes<A>* lanes) 
   for (int64_t r = begin; r < end; ++r) {
     A* sr = lanes->s.data() + r * width;
     A* tr = lanes->t.data() + r * width;
+    prefetch_row<0>(next_s + r * stride, width);
+    prefetch_row<0>(next_t + r * stride, width);
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
       const A x = (sr[i] - bs[i]) * c, y = (tr[i] - bt[i]) * c;
@@ -359,7 +367,13 @@ void tile(const ChannelKl& args, int64_t o, int64_t lane, int64_t width, int64_t
     lanes_load(s + r * stride, t + r * stride, stride, m, width, c, lanes);
     for (int64_t k = 0; k < m; k += kLaneRun) {
       const int64_t end = std::min(m, k + kLaneRun);
-      keep ? lanes_add<true>(k, end, width, c, lanes) : lanes_add<false>(k, end, width, c, lanes);
+      // Prefetched meanwhile: the tile to the right, or the chunk below.
+      const int64_t next = keep ? width : (r + m) * stride;
+      if (keep) {
+        lanes_add<true>(k, end, width, c, lanes, s + next, t + next, stride);
+      } else {
+        lanes_add<false>(k, end, width, c, lanes, s + next, t + next, stride);
+      }
     }
   }
   lanes_finish(args, column, width, lanes);

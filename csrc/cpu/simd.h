@@ -100,10 +100,11 @@ inline void store(half_t* to, const float* from, int64_t n) {
   for (; i < n; ++i) from_float(from[i], to + i);
 }
 
-// exp(x) for x <= 0 (NaN stays NaN), relative error about 1e-7; 0 below -87, where fp32 becomes subnormal.
-// x = n ln 2 + r; 2^n by exponent bits, exp(r) = 1 + r + r^2 q(r) with q fitted on |r| <= ln(2)/2.
+// exp(x) for x <= 0 (NaN stays NaN), relative error about 1e-7; 0 below -88, where fp32 becomes subnormal.
+// x = n ln 2 + r; 2^n by exponent bits, which are all zero for the smallest n: no branch that could keep loops from
+// being vectorised well. exp(r) = 1 + r + r^2 q(r), q fitted on |r| <= ln(2)/2.
 inline float exp_neg(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
+  const float clamped = -88.0f > x ? -88.0f : x;
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold n
   const float n = shifted - 12582912.0f;
   float r = clamped - n * 0.693359375f;
@@ -114,8 +115,7 @@ inline float exp_neg(float x) {
   q = q * r + 0.16666576f;
   q = q * r + 0.5f;
   const float e = q * (r * r) + r + 1.0f;
-  const float y = e * as_float((as_bits(shifted) << 23) + 0x3f800000u);
-  return x < -87.0f ? 0.0f : y;
+  return e * as_float((as_bits(shifted) << 23) + 0x3f800000u);
 }
 inline double exp_neg(double x) {
   return std::exp(x);
