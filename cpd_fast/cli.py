@@ -29,7 +29,9 @@ INTERRUPTED = 130  # what shells expect after Ctrl-C
 
 @app.command()
 def compress(
-    demo: Annotated[bool, typer.Option("--demo", help="The climate task with all defaults, into runs/demo.")] = False,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Into runs/demo; with no other option the climate task.")
+    ] = False,
     data: Annotated[str, typer.Option(help="climate (segmentation) or fashion-mnist (classification).")] = "climate",
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data, for fashion-mnist.")] = None,
     target_macs: Annotated[float, typer.Option(help="Fraction of the multiply-accumulates that remains.")] = 0.5,
@@ -53,7 +55,7 @@ def compress(
     settings |= dict(_setting(s) for s in setting or ())
     folder = run_dir or Path("runs") / ("demo" if demo else f"{data}-macs{target_macs:g}-seed{seed}")
     result = recipes.cpd(
-        "climate" if demo else data,
+        data,
         target=target_macs,
         run_dir=folder,
         data_dir=data_dir,

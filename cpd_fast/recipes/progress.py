@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -119,6 +120,7 @@ class StopRequest:
         if not self._polite or self._asked:
             raise KeyboardInterrupt
         self._asked = True
+        os.write(2, b"\nStopping after this step (Ctrl-C again: at once) ...\n")  # print is not safe in a handler
 
     @contextmanager
     def polite(self) -> Iterator[None]:

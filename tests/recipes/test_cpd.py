@@ -145,6 +145,19 @@ def test_segmentation_task_measures_miou_and_writes_tiles(tiny, tmp_path):
     assert all((tmp_path / t["teacher"]).is_file() for t in result.results.tiles)
 
 
+@pytest.mark.slow
+def test_real_climate_data_end_to_end(tmp_path):
+    try:
+        steps = {"teacher_steps": 2, "prune_steps": 2, "prune_events": 1, "finetune_steps": 1, "score_batches": 1}
+        r = recipes.cpd("climate", run_dir=tmp_path, talk=recipes.Talk(quiet=True), latency_runs=20, **steps).results
+    except DataError as e:
+        pytest.skip(str(e))
+    assert r.teacher.macs == 89_940_960 and r.student.macs <= 0.5 * r.teacher.macs
+    assert r.latency["backend"] == "ONNX Runtime" and r.student.file_mib < 0.7 * r.teacher.file_mib
+    assert all(after % 8 == 0 for name, before, after in r.widths if after < before)
+    assert (tmp_path / "report.html").stat().st_size > 50_000 and len(r.tiles) == 6
+
+
 def test_other_settings_are_named(tiny, uninterrupted):
     with pytest.raises(
         RunFolderError, match=r"other settings \(seed: it has 0, this command asks for 7\).*another --run-dir"
