@@ -24,6 +24,7 @@ from cpd_fast.types import ChannelGraph, Cost, PrunePlan, Scores
 MIB = 2**20
 BINS = 32
 LATENCY_SECONDS = 15.0  # a network; slow machines time fewer runs, and the report says how many
+LATENCY_THREADS = 1  # with more, threads that wait for each other on a busy machine are what is measured
 
 
 def finish(
@@ -45,6 +46,7 @@ def finish(
     data, names, notes = task.data, ("teacher", "student"), []
     networks = dict(zip(names, (teacher, student), strict=True))
     costs = dict(zip(names, (plan_cost(graph, None), plan_cost(graph, plan)), strict=True))
+    limits = (config.latency_runs, LATENCY_THREADS, LATENCY_SECONDS)
     with talk.bar("Measure and export", 4) as bar:
         bar.advance(0, "test split")
         quality = {n: evaluate(m, data, data.test) for n, m in networks.items()}
@@ -53,16 +55,12 @@ def finish(
             errors = {n: _export(m, task, folder, n) for n, m in networks.items()}
             bar.advance(1, "latency")
             files = [folder.path / f"{n}.onnx" for n in names]
-            timed = compare_latency(
-                files, task.example_inputs(), "onnxruntime", config.latency_runs, seconds=LATENCY_SECONDS
-            )
+            timed = compare_latency(files, task.example_inputs(), "onnxruntime", *limits)
             notes.append(f"ONNX Runtime equals PyTorch to {max(errors.values()):.1e} of the largest output.")
         except BackendError as e:
             notes.append(f"No ONNX files, and latency in eager PyTorch: {e}")
             bar.advance(1, "latency")
-            timed = compare_latency(
-                [teacher, student], task.example_inputs(), "eager", config.latency_runs, seconds=LATENCY_SECONDS
-            )
+            timed = compare_latency([teacher, student], task.example_inputs(), "eager", *limits)
         latency = dict(zip(names, timed, strict=True))
         bar.advance(1, "pictures and report")
         results = Results(

@@ -123,7 +123,7 @@ def _latency_text(r: Results) -> str:
     shape = "x".join(map(str, r.input_shape))
     return (
         f'<p class="fine">Latency: {escape(str(r.latency["backend"]))}, input {shape}, {r.latency["threads"]} CPU '
-        f"threads, {r.latency['runs']} runs of each network in turns, median and its 95 % interval: "
+        f"thread{'s' if r.latency['threads'] != 1 else ''}, {r.latency['runs']} runs of each network in turns, median and its 95 % interval: "
         f"{one(r.teacher)} before, {one(r.student)} after.</p>"
     )
 
