@@ -121,10 +121,11 @@ def _latency_text(r: Results) -> str:
         return f"{s.latency_ms:.3f} ms [{s.latency_low_ms:.3f}, {s.latency_high_ms:.3f}]"
 
     shape = "x".join(map(str, r.input_shape))
+    threads = r.latency["threads"]
     return (
-        f'<p class="fine">Latency: {escape(str(r.latency["backend"]))}, input {shape}, {r.latency["threads"]} CPU '
-        f"thread{'s' if r.latency['threads'] != 1 else ''}, {r.latency['runs']} runs of each network in turns, median and its 95 % interval: "
-        f"{one(r.teacher)} before, {one(r.student)} after.</p>"
+        f'<p class="fine">Latency: {escape(str(r.latency["backend"]))}, input {shape}, '
+        f"{threads} CPU thread{'s' if threads != 1 else ''}, {r.latency['runs']} runs of each network in turns, "
+        f"median and its 95 % interval: {one(r.teacher)} before, {one(r.student)} after.</p>"
     )
 
 
