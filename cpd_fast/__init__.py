@@ -11,10 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from cpd_fast import losses, ops
-from cpd_fast.comb import comb
 from cpd_fast.compact import compact
 from cpd_fast.errors import CpdError
-from cpd_fast.pipeline import cost
+from cpd_fast.pipeline import comb, cost
 from cpd_fast.prune import attach_masks, masked
 from cpd_fast.schedule import plan, random_plan, uniform_plan
 from cpd_fast.score import BNScale, GroupFisher, HessianTrace, Magnitude, Random, Taylor, score

@@ -26,7 +26,14 @@ class PlanError(CpdError, ValueError):
 
 
 class CompactError(CpdError, RuntimeError):
-    """The compacted model could not be proven equal to the masked one; nothing was changed."""
+    """The compacted model could not be proven equal to the masked one; nothing was changed.
+
+    ``module`` is the qualified name of the module whose forward failed, where one did.
+    """
+
+    def __init__(self, message: str, module: str | None = None) -> None:
+        super().__init__(message)
+        self.module = module
 
 
 class DataError(CpdError, RuntimeError):

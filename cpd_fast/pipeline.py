@@ -2,13 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from cpd_fast.comb import comb
+from cpd_fast.comb import comb as trace_groups
+from cpd_fast.comb.trace import unwrap
+from cpd_fast.compact import rehearse
+from cpd_fast.errors import CompactError
 from cpd_fast.schedule import plan_cost
-from cpd_fast.types import ChannelGraph, Cost, PrunePlan
+from cpd_fast.types import ChannelGraph, Cost, CoupledGroup, PrunePlan
+
+
+def comb(
+    model: nn.Module,
+    example_inputs: Any,
+    ignore: Iterable[str | nn.Module] = (),
+    on_unknown: str = "error",
+    granularity: str = "dim",
+) -> ChannelGraph:
+    """Find the coupled channel groups of a model, and rehearse a compaction of them.
+
+    The model is run on a copy without weights (meta device), in eval and in train mode, and channels are followed
+    through every operator. Then an uneven plan is compacted, also without weights: where a module's forward holds a
+    size that cannot be repaired, the groups that reach it are frozen, with that reason. The model is not touched.
+
+    Args:
+        model: Any ``nn.Module``; wrappers of DDP and ``torch.compile`` are looked through.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments for one forward.
+        ignore: Modules, or names and ``fnmatch`` patterns of modules and parameters, whose own tensors keep their
+            shapes.
+        on_unknown: What an operator without a channel rule means: ``"error"``, or ``"freeze"`` to keep every channel
+            that reaches it.
+        granularity: What a channel of an attention is: ``"dim"``, one dim of each head (every head keeps equally
+            many), or ``"head"``, a whole head.
+
+    Returns:
+        The graph: groups, reasons for what is frozen, and what is needed to mask, compact and count costs.
+
+    Raises:
+        UnsupportedOpError: An operator has no rule and ``on_unknown="error"``.
+        TraceError: The forward fails on the example inputs, or its path depends on data.
+        ValueError: ``on_unknown`` or ``granularity`` is none of the choices.
+
+    Source: the coupling of CPD (arXiv:2408.03046, section III-B), generalised to single indices.
+
+    Example:
+        >>> import torch, cpd_fast as cpd
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+        >>> graph = cpd.comb(net, torch.zeros(1, 3, 8, 8))
+        >>> [(g.name, g.n_channels, g.prunable) for g in graph.groups]
+        [('0', 8, True), ('2', 4, False)]
+    """
+    graph = trace_groups(model, example_inputs, ignore, on_unknown, granularity)
+    failed: set[str] = set()
+    while graph.prunable_groups:
+        try:
+            rehearse(model, graph, _uneven_plan(graph))
+            return graph
+        except CompactError as e:
+            graph = _freeze_around(graph, unwrap(model), e.module or "", widely=e.module in failed)
+            failed.add(e.module or "")
+    return graph
+
+
+def _uneven_plan(graph: ChannelGraph) -> PrunePlan:
+    """A plan whose groups shrink by different shares, so that a size never stands in for another by chance."""
+    kept: dict[str, list[int]] = {}
+    share: dict[str, float] = {}
+    for n, group in enumerate(graph.prunable_groups):
+        keep = share.setdefault(group.tie or group.name, 0.45 + 0.4 * ((n * 0.618) % 1))
+        kept[group.name] = sorted(int(c) for b in group.blocks for c in b[: max(1, int(len(b) * keep))])
+    return PrunePlan(kept, graph.fingerprint)
+
+
+def _freeze_around(graph: ChannelGraph, model: nn.Module, module: str, widely: bool) -> ChannelGraph:
+    """Freeze the groups that live inside the failing module and its likes, or (widely) all that reach them."""
+    owner = model.get_submodule(module)
+    alike = [module]
+    if not type(owner).__module__.startswith("torch.nn.modules.") or isinstance(owner, nn.MultiheadAttention):
+        alike = [name for name, m in model.named_modules() if type(m) is type(owner)]
+    prefixes = tuple(f"{name}." if name else "" for name in alike)
+
+    def hit(group: CoupledGroup) -> bool:
+        inside = [s.param.startswith(prefixes) for s in group.slices]
+        return any(inside) if widely or not module else all(inside)
+
+    chosen = [g for g in graph.prunable_groups if hit(g)]
+    ties = {g.tie for g in chosen if g.tie}
+    names = {g.name for g in graph.prunable_groups if g in chosen or g.tie in ties}
+    if not names:
+        if widely:  # nothing reaches the module itself: what its parent shares with it
+            return _freeze_around(graph, model, module.rpartition(".")[0], widely=True)
+        return _freeze_around(graph, model, module, widely=True)
+    reason = f"{module or 'the model'} holds a size that could not be repaired"
+    groups = [replace(g, prunable=False, reason=reason) if g.name in names else g for g in graph.groups]
+    return replace(graph, groups=tuple(groups), _by_name={})
 
 
 def cost(model: nn.Module, example_inputs: Any, plan: PrunePlan | None = None, graph: ChannelGraph | None = None) -> Cost:

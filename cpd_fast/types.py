@@ -116,7 +116,8 @@ class TraceStep:
     """One computing call of the traced forward; compaction must repeat it, with the shape that the plan leaves.
 
     Attributes:
-        op: Name of the operator.
+        op: Name of the operator, or ``call M`` for the first input of module M.
+        module: Qualified name of the module whose forward runs.
         shape: Shape of its first output.
         maps: Channel maps that broadcast to ``shape``.
         constants: Its numbers (scales, epsilons, group counts), which must stay.
@@ -124,6 +125,7 @@ class TraceStep:
     """
 
     op: str
+    module: str
     shape: tuple[int, ...]
     maps: tuple[np.ndarray, ...]
     constants: tuple[float, ...]

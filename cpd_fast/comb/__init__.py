@@ -104,7 +104,7 @@ def comb(
     mapped = {n for n, t in tensors.items() if t.maps and t.is_parameter}
     terms = tuple(CostTerm(t.kind, t.module, *_fold(t.coefficient, t.planes, resolved.channel)) for t in eval_trace.terms)
     steps = tuple(
-        TraceStep(s.op, s.shape, to_maps(s.planes), s.constants, _rows_that_scale(planes, s.scaled))
+        TraceStep(s.op, s.module, s.shape, to_maps(s.planes), s.constants, _rows_that_scale(planes, s.scaled))
         for s in eval_trace.steps
     )
     return ChannelGraph(

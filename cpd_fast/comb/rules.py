@@ -46,6 +46,8 @@ def pointwise(t: Tracer, call: Call) -> Any:
         for other in tensors[1:]:
             t.freeze_all(other, "written in place into a part of another tensor")
     state = t.meet(*tensors, out=outs[0])
+    if call.op.rstrip("_") == "aten.add" and len(tensors) == 2 and (bias := t.state(tensors[1]).source):
+        return replace(state, scaled_by=(*before, bias) if (before := t.state(target).scaled_by) else ())
     scalar = call.op.rstrip("_") in ("aten.mul", "aten.div", "aten.neg") and len(tensors) == 1
     return replace(state, scaled_by=t.state(target).scaled_by) if scalar else state
 

@@ -44,6 +44,7 @@ class Step:
     """
 
     op: str
+    module: str
     shape: tuple[int, ...]
     planes: tuple[np.ndarray, ...]
     constants: tuple[float, ...]
@@ -337,7 +338,7 @@ class Tracer(TorchDispatchMode):
         if call.op.rstrip("_") in SCALING and call.args and isinstance(call.args[0], Tensor):
             scaled = self.state(call.args[0])
         labels = tuple(p.labels for p in state.planes)
-        self.steps.append(Step(call.op, tuple(out.shape), labels, constants(call), scaled))
+        self.steps.append(Step(call.op, self.module, tuple(out.shape), labels, constants(call), scaled))
 
     def _unknown(self, op: str) -> Rule:
         if self.on_unknown == "error":
@@ -364,7 +365,8 @@ def constants(call: Call) -> tuple[float, ...]:
     numbers = [v for v in tree_leaves((call.args, call.kwargs)) if isinstance(v, (int, float)) and v is not True]
     numbers = [v for v in numbers if v is not False]
     if call.op == "aten.native_group_norm":
-        return tuple(numbers[-2:])  # groups, eps
+        groups, eps = numbers[-2:]
+        return (eps,) if groups == numbers[1] else (groups, eps)  # one channel a group: groups follow the channels
     return tuple(v for v in numbers if isinstance(v, float) or call.op not in SIZED)
 
 
@@ -424,9 +426,12 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def clone_to_meta(model: nn.Module) -> nn.Module:
-    """A copy without weights and without hooks; the model itself is not touched, sharing of tensors is kept."""
-    memo: dict[int, Any] = {}
+def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy without weights and without hooks; the model itself is not touched, sharing of tensors is kept.
+
+    ``memo`` may hold replacements of tensors by id.
+    """
+    memo = {} if memo is None else memo
     for m in model.modules():
         for p in m._parameters.values():
             if p is not None and id(p) not in memo:
@@ -465,7 +470,9 @@ def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
     handles = []
     for name, m in clone.named_modules():
 
-        def enter(_m: nn.Module, _args: Any, name: str = name) -> None:
+        def enter(_m: nn.Module, args: Any, name: str = name) -> None:
+            if name and args and isinstance(args[0], Tensor) and not tracer._suspended:
+                tracer.step(Call(f"call {name}", (), {}, args[0]), args[0], tracer.state(args[0]))
             tracer.stack.append(name)
             if name in tracer.transparent:
                 tracer._suspended = True

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpd_fast.comb.trace import unwrap
+from cpd_fast.comb.trace import clone_to_meta, unwrap
 from cpd_fast.compact.repair import Replayer, repair, repair_known
-from cpd_fast.compact.shrink import Cut, make_cut
+from cpd_fast.compact.shrink import Cut, box_shape, make_cut
 from cpd_fast.errors import CompactError, PlanError
 from cpd_fast.types import ChannelGraph, PrunePlan, ScaleSite
 
@@ -92,6 +93,29 @@ def compact(
     for move in carried:
         move()
     return small
+
+
+def rehearse(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> None:
+    """Compaction without weights (meta device): can the forward follow this plan?
+
+    Raises:
+        CompactError: If it cannot; ``module`` names where.
+    """
+    model = unwrap(model)
+    alive = graph.alive(plan)
+    memo: dict[int, Any] = {}
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        known = graph.tensors.get(name)
+        if known is not None:
+            shape = box_shape(functools.reduce(np.logical_and, (alive[m] for m in known.maps)), known.shape)
+            value = torch.empty(shape, dtype=t.dtype, device="meta")
+            memo[id(t)] = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
+    small = clone_to_meta(model, memo)
+    identities, _ = _row_scales(graph.scale_sites, alive)
+    for name, factor in identities.items():
+        small.set_submodule(name, Scale(factor))
+    repair_known(small, graph, alive)
+    repair(small, graph, plan, Replayer(small, graph, alive, frozenset(identities)))
 
 
 def _check_model(model: nn.Module, graph: ChannelGraph) -> None:

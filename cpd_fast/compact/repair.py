@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from cpd_fast.errors import CompactError
 from cpd_fast.types import ChannelGraph, PrunePlan, TraceStep
 
 
+MOST_TRIES = 60  # replays a failing module: enough for every network of the zoo that can be repaired at all
 # layers whose sizes follow from their tensors; their other numbers (strides, groups of a norm) are no sizes
 KNOWN = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU, nn.Embedding)
 
@@ -43,10 +44,9 @@ def repair_known(model: nn.Module, graph: ChannelGraph, alive: np.ndarray) -> No
             if t is not None:
                 m.num_features = len(t)
         elif isinstance(m, nn.GroupNorm):
-            if m.weight is not None:
-                m.num_channels = len(m.weight)
-            elif name in norm_sizes:
-                m.num_channels = norm_sizes[name]
+            channels = len(m.weight) if m.weight is not None else norm_sizes.get(name, m.num_channels)
+            m.num_groups = channels if m.num_groups == m.num_channels else m.num_groups
+            m.num_channels = channels
         elif isinstance(m, nn.PReLU):
             m.num_parameters = m.weight.numel()
         elif isinstance(m, nn.Embedding):
@@ -225,7 +225,8 @@ def repair(model: nn.Module, graph: ChannelGraph, plan: PrunePlan, replayer: Rep
             raise CompactError(
                 f"{result.module or 'the model'} ({type(module).__name__}): the compacted forward fails: "
                 f"{result.error}. Its forward holds a size that cpd_fast could not repair; keep the module whole with "
-                "comb(..., ignore=[...])"
+                "comb(..., ignore=[...])",
+                result.module,
             ) from result.error
         result = better
     raise CompactError("attribute repair does not end; keep the failing modules whole with comb(..., ignore=[...])")
@@ -259,7 +260,7 @@ def _improve(model: nn.Module, sizes: _Sizes, replayer: Replayer, before: Replay
         edits = list(sizes.edits(path, module))
         best: tuple[Replay, tuple[_Edit, ...]] | None = None
         for n in (1, 2):
-            for chosen in combinations(edits, n):
+            for chosen in islice(combinations(edits, n), MOST_TRIES):
                 if len({e.attribute for e in chosen}) < n:
                     continue
                 with _Applied(module, chosen):
@@ -339,6 +340,12 @@ class _Sizes:
                     if size > 1 and m.size == size:
                         pairs.add((size, int(alive[m.reshape(-1)].sum())))
             self._by_tensor[name] = {(a, b) for a, b in pairs if a != b}
+        left = _Left(alive)
+        for step in graph.steps:  # activations: what a module is given and computes
+            new, _ = left.of(step.shape, step.maps)
+            owner = step.op.removeprefix("call ") if step.op.startswith("call ") else step.module
+            pairs = {(a, b) for a, b in zip(step.shape, new, strict=True) if a != b}
+            self._by_tensor.setdefault(f"{owner}.", set()).update(pairs)
 
     def around(self, path: str) -> set[tuple[int, int]]:
         """(old, new) sizes on tensors of a module and of what it holds."""

@@ -53,8 +53,12 @@ def make_cut(tensor: TensorMap, alive: np.ndarray) -> Cut | None:
     return cut_grid
 
 
-def box_shape(keep: np.ndarray) -> list[int]:
+def box_shape(keep: np.ndarray, full: tuple[int, ...] | None = None) -> list[int]:
     """Shape of what remains: rows may keep different columns along one dim, but equally many.
+
+    Args:
+        keep: What remains, of a tensor or of the dims that matter (size 1 on the others).
+        full: Shape of the tensor that ``keep`` broadcasts to.
 
     Raises:
         ValueError: If what remains is no box.
@@ -68,7 +72,8 @@ def box_shape(keep: np.ndarray) -> list[int]:
         axes = range(rows.ndim)
         shape = [int(rows.any(tuple(a for a in axes if a != d)).sum()) for d in axes]
         if int(np.prod(shape)) == int(rows.sum()):
-            return [*shape[:fast], int(left[0]), *shape[fast:]]
+            box = [*shape[:fast], int(left[0]), *shape[fast:]]
+            return box if full is None else [f if k == 1 else b for b, k, f in zip(box, keep.shape, full, strict=True)]
     raise ValueError(f"{int(keep.sum())} of {keep.size} elements remain, which is not a box")
 
 
