@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_LAZY = {"Pruner": "pruner", "Greedy": "schedule", "save": "store", "load": "store", "export_onnx": "export", "latency": "export", "recipes": "recipes"}
+_LAZY = {
+    "Pruner": "pruner",
+    "Greedy": "schedule",
+    "save": "store",
+    "load": "store",
+    "export_onnx": "export",
+    "latency": "export",
+    "recipes": "recipes",
+}
 
 __all__ = [
     "BNScale",

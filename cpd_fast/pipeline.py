@@ -102,7 +102,9 @@ def _freeze_around(graph: ChannelGraph, model: nn.Module, module: str, widely: b
     return replace(graph, groups=tuple(groups), _by_name={})
 
 
-def cost(model: nn.Module, example_inputs: Any, plan: PrunePlan | None = None, graph: ChannelGraph | None = None) -> Cost:
+def cost(
+    model: nn.Module, example_inputs: Any, plan: PrunePlan | None = None, graph: ChannelGraph | None = None
+) -> Cost:
     """What one forward costs, dense or under a plan; the pruned model is not built.
 
     Args:

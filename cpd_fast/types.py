@@ -242,9 +242,13 @@ class ChannelGraph:
         rows = [("group", "channels", "blocks", "tensors", "state")]
         for g in self.groups:
             blocks = "" if g.balance is None else f"{len(g.blocks)} x {g.n_channels // len(g.blocks)}"
-            rows.append(
-                (g.name, str(g.n_channels), blocks, str(len(g.slices)), "" if g.prunable else f"frozen: {g.reason}")
-            )
+            rows.append((
+                g.name,
+                str(g.n_channels),
+                blocks,
+                str(len(g.slices)),
+                "" if g.prunable else f"frozen: {g.reason}",
+            ))
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
         return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r[:4], widths, strict=True)), r[4]]) for r in rows)
 
@@ -329,7 +333,11 @@ class PrunePlan(Mapping[str, tuple[int, ...]]):
         return f"PrunePlan({len(self)} groups, {sum(map(len, self._kept.values()))} channels kept)"
 
     def check(self, graph: ChannelGraph) -> None:
-        """Raise :class:`PlanError` unless this plan can be applied to ``graph``."""
+        """Find out whether this plan can be applied to ``graph``.
+
+        Raises:
+            PlanError: If it cannot; says which group and what to keep.
+        """
         if self.fingerprint != graph.fingerprint:
             raise PlanError(
                 f"plan of another model: plan has fingerprint {self.fingerprint}, model has {graph.fingerprint}; "
@@ -371,7 +379,11 @@ class PrunePlan(Mapping[str, tuple[int, ...]]):
 
     @classmethod
     def from_json(cls, text: str, where: str = "plan") -> PrunePlan:
-        """Parse what :meth:`to_json` wrote; raises :class:`FileFormatError` on anything else."""
+        """Parse what :meth:`to_json` wrote.
+
+        Raises:
+            FileFormatError: On anything else.
+        """
         try:
             doc = json.loads(text)
         except (ValueError, RecursionError) as e:
@@ -399,7 +411,11 @@ class PrunePlan(Mapping[str, tuple[int, ...]]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PrunePlan:
-        """Read a plan; raises :class:`FileFormatError` when the file is not one."""
+        """Read a plan.
+
+        Raises:
+            FileFormatError: When the file is not one.
+        """
         try:
             text = Path(path).read_text()
         except UnicodeDecodeError as e:
@@ -430,7 +446,8 @@ class Target:
         for name, value in given.items():
             if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise PlanError(
-                    f"Target({name}={value!r}): expected a fraction in (0, 1] that remains, or an absolute number above 1"
+                    f"Target({name}={value!r}): expected a fraction in (0, 1] that remains, "
+                    "or an absolute number above 1"
                 )
 
     @property

@@ -102,7 +102,9 @@ def comb(
     parameters = {n for n, _ in model.named_parameters()}
     tensors = {n: TensorMap(n, shapes[n], to_maps(p.labels for p in planes[n]), n in parameters) for n in order}
     mapped = {n for n, t in tensors.items() if t.maps and t.is_parameter}
-    terms = tuple(CostTerm(t.kind, t.module, *_fold(t.coefficient, t.planes, resolved.channel)) for t in eval_trace.terms)
+    terms = tuple(
+        CostTerm(t.kind, t.module, *_fold(t.coefficient, t.planes, resolved.channel)) for t in eval_trace.terms
+    )
     steps = tuple(
         TraceStep(s.op, s.module, s.shape, to_maps(s.planes), s.constants, _rows_that_scale(planes, s.scaled))
         for s in eval_trace.steps
@@ -201,8 +203,6 @@ def _scale_sites(store: LabelStore, planes: dict[str, list[Plane]], tracer: Trac
             continue
         sites.append(ScaleSite(call.module, labels, call.q.identity, rows))
     return sites
-
-
 
 
 def _rows_that_scale(planes: dict[str, list[Plane]], state: State | None) -> tuple[tuple[str, np.ndarray], ...]:

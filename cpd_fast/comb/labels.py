@@ -98,7 +98,11 @@ class LabelCheck(LabelStore):
         return np.full(n, -1, np.int64)
 
     def unite(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Raise :class:`CompactError` where two channels meet that are not coupled."""
+        """Find the labels equal.
+
+        Raises:
+            CompactError: Where two channels meet that are not coupled.
+        """
         a, b = np.broadcast_arrays(a, b)
         if ((a != b) & (a >= 0) & (b >= 0)).any():
             raise CompactError("channels meet that do not belong together")

@@ -151,10 +151,7 @@ def reshape(store: LabelStore, state: State, old: tuple[int, ...], new: tuple[in
             store.freeze(p.labels, "a reshape mixes this axis with others in a way that has no channel structure")
         return state.with_planes(())
     constant = {
-        o
-        for ins, outs in blocks
-        for o in outs
-        if new[o] > 1 and all(old[i] == 1 or i in state.constant for i in ins)
+        o for ins, outs in blocks for o in outs if new[o] > 1 and all(old[i] == 1 or i in state.constant for i in ins)
     }
     planes = [_reshape_plane(store, p, old, new, blocks) for p in state.planes]
     return state.with_planes([p for p in planes if p.dims], frozenset(constant))

@@ -136,7 +136,7 @@ def _rows_alike(frozen: np.ndarray) -> bool:
 
 
 def _class_grid(grid: np.ndarray) -> np.ndarray:
-    """Drop dims along which classes are equal and rows that repeat; two dims remain where anything is left to balance."""
+    """Drop dims along which classes are equal, and rows that repeat; two dims remain where rows must be balanced."""
     for axis in range(grid.ndim):
         first = grid.take([0], axis)
         if (grid == first).all():
@@ -228,7 +228,11 @@ def _build_groups(
 
 
 def _first_use(
-    flat: list[tuple[str, int, Plane]], classes: np.ndarray, members: dict[int, None], root: str, position: dict[int, int]
+    flat: list[tuple[str, int, Plane]],
+    classes: np.ndarray,
+    members: dict[int, None],
+    root: str,
+    position: dict[int, int],
 ) -> tuple[int, int]:
     first = next(iter(members))
     for j, (name, _, plane) in enumerate(flat):

@@ -32,7 +32,10 @@ def _norm_dims(dims: Any, ndim: int) -> list[int]:
 
 @register_rule(
     "pointwise",
-    *(f"aten.{n}" for n in "where clamp lerp masked_fill bernoulli fill hardswish hardsigmoid silu mish softplus".split()),
+    *(
+        f"aten.{n}"
+        for n in "where clamp lerp masked_fill bernoulli fill hardswish hardsigmoid silu mish softplus".split()
+    ),
     *(f"aten.{n}" for n in "celu selu elu leaky_relu hardtanh relu6 threshold logit rrelu prelu dropout".split()),
 )
 def pointwise(t: Tracer, call: Call) -> Any:
@@ -556,7 +559,9 @@ def index(t: Tracer, call: Call) -> State:
     if call.op == "aten.index":
         indices = list(call.args[1]) + [None] * (x.dim() - len(call.args[1]))
         hit = [d for d, i in enumerate(indices) if i is not None]
-        adjacent = hit == list(range(hit[0], hit[-1] + 1)) and all(indices[d].dtype.is_floating_point is False for d in hit)
+        adjacent = hit == list(range(hit[0], hit[-1] + 1)) and all(
+            indices[d].dtype.is_floating_point is False for d in hit
+        )
     else:
         hit, adjacent = [call.args[1] % x.dim()], call.op == "aten.index_select"
     if not adjacent:

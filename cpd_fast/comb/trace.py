@@ -365,8 +365,7 @@ def constants(call: Call) -> tuple[float, ...]:
     numbers = [v for v in tree_leaves((call.args, call.kwargs)) if isinstance(v, (int, float)) and v is not True]
     numbers = [v for v in numbers if v is not False]
     if call.op == "aten.native_group_norm":
-        groups, eps = numbers[-2:]
-        return (eps,) if groups == numbers[1] else (groups, eps)  # one channel a group: groups follow the channels
+        return tuple(numbers[-2:])  # groups, eps
     return tuple(v for v in numbers if isinstance(v, float) or call.op not in SIZED)
 
 
@@ -495,7 +494,11 @@ def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
 
 
 def example_args(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, tuple or list, or dict of keyword arguments -> args and kwargs on the meta device."""
+    """A tensor, tuple or list, or dict of keyword arguments -> args and kwargs on the meta device.
+
+    Raises:
+        TraceError: If it is none of these.
+    """
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     if not isinstance(example_inputs, (tuple, list, dict)):

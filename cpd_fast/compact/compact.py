@@ -16,7 +16,6 @@ from cpd_fast.compact.shrink import Cut, box_shape, make_cut
 from cpd_fast.errors import CompactError, PlanError
 from cpd_fast.types import ChannelGraph, PrunePlan, ScaleSite
 
-
 _RowScale = tuple[Tensor, float]
 
 
@@ -153,7 +152,9 @@ def _row_scales(sites: tuple[ScaleSite, ...], alive: np.ndarray) -> tuple[dict[s
     return identities, scaled
 
 
-def _copy_cut(model: nn.Module, graph: ChannelGraph, cuts: dict[str, Cut], scales: dict[str, list[_RowScale]]) -> nn.Module:
+def _copy_cut(
+    model: nn.Module, graph: ChannelGraph, cuts: dict[str, Cut], scales: dict[str, list[_RowScale]]
+) -> nn.Module:
     """A deep copy in which every tensor that shrinks is cut on the way; sharing between modules is kept."""
     memo: dict[int, Any] = {}
     with torch.no_grad():
@@ -170,7 +171,9 @@ def _copy_cut(model: nn.Module, graph: ChannelGraph, cuts: dict[str, Cut], scale
     return copy.deepcopy(model, memo)
 
 
-def _carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, cuts: dict[str, Cut]) -> list[Any]:
+def _carry_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, cuts: dict[str, Cut]
+) -> list[Any]:
     """Prepare the moves that rebind an optimizer to the compacted parameters; nothing is changed until they run.
 
     Raises:

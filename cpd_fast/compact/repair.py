@@ -24,7 +24,6 @@ from cpd_fast.compact.shrink import box_shape
 from cpd_fast.errors import CompactError
 from cpd_fast.types import ChannelGraph, PrunePlan, TraceStep
 
-
 MOST_TRIES = 60  # replays a failing module: enough for every network of the zoo that can be repaired at all
 # layers whose sizes follow from their tensors; their other numbers (strides, groups of a norm) are no sizes
 KNOWN = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU, nn.Embedding)
@@ -32,7 +31,9 @@ KNOWN = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.
 
 def repair_known(model: nn.Module, graph: ChannelGraph, alive: np.ndarray) -> None:
     """Sizes of PyTorch's own layers (and their subclasses), from their tensors' new shapes."""
-    norm_sizes = {s.module: int(alive[s.channels].sum()) for s in graph.norm_sites if max(s.channels.shape) == s.channels.size}
+    norm_sizes = {
+        s.module: int(alive[s.channels].sum()) for s in graph.norm_sites if max(s.channels.shape) == s.channels.size
+    }
     for name, m in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(m, nn.modules.conv._ConvNd):
@@ -128,7 +129,11 @@ class _ReplayTracer(Tracer):
     done = 0
 
     def step(self, call: Call, out: Tensor, state: State) -> None:
-        """Raise :class:`CompactError` where the compacted forward leaves the original one."""
+        """Compare with the original call.
+
+        Raises:
+            CompactError: Where the compacted forward leaves the original one.
+        """
         if self.done >= len(self.expected):
             raise CompactError(f"the forward takes another path: {call.op} after the end")
         wanted, shape, planes = self.expected[self.done]
@@ -145,9 +150,15 @@ class _ReplayTracer(Tracer):
         self.done += 1
 
     def _compare_constants(self, op: str, wanted: TraceStep, found: tuple[float, ...]) -> None:
-        """A scale that follows a size (1/sqrt(head_dim)) is made up for by scaling the rows before it."""
+        """A scale that follows a size (1/sqrt(head_dim)) is made up for by scaling the rows before it.
+
+        Raises:
+            CompactError: If there are no such rows.
+        """
         if found == wanted.constants:
             return
+        if op == "aten.native_group_norm" and wanted.shape[1] == wanted.constants[0]:
+            return  # one channel a group: as many groups as channels
         differ = [(a, b) for a, b in zip(wanted.constants, found, strict=False) if a != b]
         if len(found) != len(wanted.constants) or len(differ) != 1 or not wanted.rows or 0 in differ[0]:
             raise CompactError(f"{op}: its constants {wanted.constants} became {found}: they follow a size")
@@ -194,9 +205,7 @@ def _kept_planes(maps: tuple[np.ndarray, ...], shape: tuple[int, ...], alive: np
             keep &= alive[m]
         new_shape = box_shape(keep)
         cut = [np.broadcast_to(m, shape)[keep].reshape(new_shape) for m in maps]
-        cut = [
-            c[tuple(slice(None) if s > 1 else slice(0, 1) for s in m.shape)] for c, m in zip(cut, maps, strict=True)
-        ]
+        cut = [c[tuple(slice(None) if s > 1 else slice(0, 1) for s in m.shape)] for c, m in zip(cut, maps, strict=True)]
     planes, covered = [], set()
     for labels, m in zip(cut, maps, strict=True):
         varying = [d for d, s in enumerate(m.shape) if s > 1]
@@ -250,6 +259,7 @@ def _scale_rows(
 class _Edit:
     attribute: str
     value: Any
+    roles: frozenset[str]  # what the new size is the size of, relative to the module
 
 
 def _improve(model: nn.Module, sizes: _Sizes, replayer: Replayer, before: Replay) -> Replay | None:
@@ -287,15 +297,14 @@ def _repeat_on_class(
     model: nn.Module, module: nn.Module, edits: tuple[_Edit, ...], sizes: _Sizes, replayer: Replayer, reached: Replay
 ) -> Replay:
     """Other modules of the class likely need the same attributes edited: try all of them at once."""
-    names = {e.attribute for e in edits}
+    learned = {e.attribute: e.roles for e in edits}
     applied = []
     for path, other in model.named_modules():
         if other is module or type(other) is not type(module):
             continue
-        own = [e for e in sizes.edits(path, other) if e.attribute in names]
-        if len({e.attribute for e in own}) == len(own):
-            applied.append(_Applied(other, tuple(own)))
-            applied[-1].__enter__()
+        own = {e.attribute: e for e in sizes.edits(path, other) if e.roles & learned.get(e.attribute, frozenset())}
+        applied.append(_Applied(other, tuple(own.values())))
+        applied[-1].__enter__()
     after = replayer.run()
     if after.error is None or after.done >= reached.done:
         return after
@@ -321,48 +330,55 @@ class _Applied:
 
 
 class _Sizes:
-    """Which old sizes became which new ones, around each module."""
+    """Which old sizes became which new ones, around each module, and what they are sizes of."""
 
     def __init__(self, graph: ChannelGraph, plan: PrunePlan) -> None:
-        self._by_tensor: dict[str, set[tuple[int, int]]] = {}
+        self._by_tensor: dict[str, set[tuple[int, int, str]]] = {}
+        self._originals: dict[tuple[str, str], Any] = {}
         alive = graph.alive(plan)
-        blocks: dict[str, set[tuple[int, int]]] = {}
         for g in graph.groups:
-            kept = len(plan.get(g.name, range(g.n_channels)))
-            n_blocks = len(g.blocks)
-            pairs = {(g.n_channels // n_blocks, kept // n_blocks), (g.n_channels, kept)}
+            kept, blocks = len(plan.get(g.name, range(g.n_channels))), len(g.blocks)
             for s in g.slices:
-                blocks.setdefault(s.param, set()).update(pairs)
-        for name, t in graph.tensors.items():
-            pairs = set(blocks.get(name, ()))
-            for m in t.maps:
-                for d, size in enumerate(m.shape):
-                    if size > 1 and m.size == size:
-                        pairs.add((size, int(alive[m.reshape(-1)].sum())))
-            self._by_tensor[name] = {(a, b) for a, b in pairs if a != b}
+                pairs = {(g.n_channels // blocks, kept // blocks, "block"), (g.n_channels, kept, "group")}
+                self._add(s.param, pairs, str(s.dim))
         left = _Left(alive)
+        for name, t in graph.tensors.items():
+            new, _ = left.of(t.shape, t.maps)
+            self._add(name, {(a, b, str(d)) for d, (a, b) in enumerate(zip(t.shape, new, strict=True))})
         for step in graph.steps:  # activations: what a module is given and computes
             new, _ = left.of(step.shape, step.maps)
             owner = step.op.removeprefix("call ") if step.op.startswith("call ") else step.module
-            pairs = {(a, b) for a, b in zip(step.shape, new, strict=True) if a != b}
-            self._by_tensor.setdefault(f"{owner}.", set()).update(pairs)
+            self._add(f"{owner}.", {(a, b, str(d)) for d, (a, b) in enumerate(zip(step.shape, new, strict=True))})
 
-    def around(self, path: str) -> set[tuple[int, int]]:
-        """(old, new) sizes on tensors of a module and of what it holds."""
+    def _add(self, name: str, pairs: set[tuple[int, int, str]], what: str = "") -> None:
+        known = self._by_tensor.setdefault(name, set())
+        known.update((a, b, f"{role}{what}") for a, b, role in pairs if a != b)
+
+    def around(self, path: str) -> dict[tuple[int, int], frozenset[str]]:
+        """(old, new) sizes of tensors of a module and of what it holds, with their roles."""
         prefix = f"{path}." if path else ""
-        return set().union(*(p for n, p in self._by_tensor.items() if n.startswith(prefix)), set())
+        found: dict[tuple[int, int], set[str]] = {}
+        for name, pairs in self._by_tensor.items():
+            if name.startswith(prefix):
+                for old, new, role in pairs:
+                    found.setdefault((old, new), set()).add(f"{name[len(prefix) :]}|{role}")
+        return {pair: frozenset(roles) for pair, roles in sorted(found.items())}
 
     def edits(self, path: str, module: nn.Module) -> Iterator[_Edit]:
         """Integer attributes (and tuples of them) that hold an old size, with what it became."""
-        pairs = self.around(path)
         if isinstance(module, KNOWN):
             return
+        pairs = self.around(path)
         for name, value in vars(module).items():
             if name.startswith("_") or isinstance(value, bool):
                 continue
+            original = self._originals.setdefault((path, name), value)
+            if value != original:  # an edit learned from another module may be wrong here
+                yield _Edit(name, original, frozenset())
+            value = original
             if isinstance(value, int):
-                yield from (_Edit(name, new) for old, new in sorted(pairs) if old == value)
+                yield from (_Edit(name, new, roles) for (old, new), roles in pairs.items() if old == value)
             elif isinstance(value, (tuple, list, torch.Size)) and value and all(type(v) is int for v in value):
-                for old, new in sorted(pairs):
+                for (old, new), roles in pairs.items():
                     if old in value:
-                        yield _Edit(name, type(value)([new if v == old else v for v in value]))
+                        yield _Edit(name, type(value)([new if v == old else v for v in value]), roles)

@@ -60,7 +60,11 @@ class MaskHandle:
         self.plan = plan
 
     def enter(self) -> None:
-        """Put masked parameters in place (start of a forward)."""
+        """Put masked parameters in place (start of a forward).
+
+        Raises:
+            PlanError: If a forward of this model is running already.
+        """
         if self._swapped:
             raise PlanError("the masked model was called inside its own forward; call it once at a time")
         for name, mask in self._masks.items():
@@ -237,7 +241,11 @@ class _NormMode(TorchFunctionMode):
 
 
 def _places(model: nn.Module, graph: ChannelGraph) -> dict[str, list[tuple[dict[str, Any], str]]]:
-    """Where every maskable tensor sits: parameters, and buffers that a product reads through their columns."""
+    """Where every maskable tensor sits: parameters, and buffers that a product reads through their columns.
+
+    Raises:
+        PlanError: If the model lacks a tensor of the graph, or has it in another shape.
+    """
     consumed = {s.param for g in graph.groups for s in g.slices if not s.produces}
     names: dict[str, list[str]] = {}
     for alias, first in graph.aliases.items():
@@ -256,6 +264,8 @@ def _places(model: nn.Module, graph: ChannelGraph) -> dict[str, list[tuple[dict[
             value = owner.get(key)
             if value is None or tuple(value.shape) != tensor.shape:
                 got = None if value is None else tuple(value.shape)
-                raise PlanError(f"{alias}: the graph expects shape {tensor.shape}, the model has {got}; comb this model")
+                raise PlanError(
+                    f"{alias}: the graph expects shape {tensor.shape}, the model has {got}; comb this model"
+                )
             places.setdefault(name, []).append((owner, key))
     return places

@@ -104,7 +104,9 @@ class Odd(nn.Module):
 
 
 def test_an_operator_without_rule_is_an_error_that_helps():
-    with pytest.raises(UnsupportedOpError, match=r"aten\._?cdist.*test_comb\.py:\d+.*register_rule.*on_unknown='freeze'"):
+    with pytest.raises(
+        UnsupportedOpError, match=r"aten\._?cdist.*test_comb\.py:\d+.*register_rule.*on_unknown='freeze'"
+    ):
         comb(Odd(), torch.randn(1, 4, 4))
 
 

@@ -8,10 +8,10 @@ import timm
 import torch
 from torch import nn
 
-from cpd_fast.pipeline import comb
 from cpd_fast.comb import comb as trace_groups
 from cpd_fast.compact import Scale, compact
 from cpd_fast.errors import CompactError, PlanError
+from cpd_fast.pipeline import comb
 from cpd_fast.prune import attach_masks, masked
 from cpd_fast.schedule import plan_cost, random_plan
 from cpd_fast.types import PrunePlan
