@@ -84,7 +84,7 @@ def comb(
     """Print the coupled channel groups of a model, and what it costs."""
     import torch
 
-    from cpd_fast.comb import comb as comb_model
+    from cpd_fast.pipeline import comb as comb_model
     from cpd_fast.schedule import plan_cost
 
     net, shape = _model(model, size)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpd_fast.comb import comb
 from cpd_fast.compact import compact
 from cpd_fast.errors import PlanError, ScoreError
+from cpd_fast.pipeline import comb
 from cpd_fast.prune import attach_masks
 from cpd_fast.schedule import Greedy, plan, plan_cost
 from cpd_fast.score import Context, Criterion, Taylor, quiet, unwrap

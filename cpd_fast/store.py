@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from cpd_fast.comb import comb
 from cpd_fast.compact import compact
 from cpd_fast.errors import CpdError, FileFormatError
+from cpd_fast.pipeline import comb
 from cpd_fast.types import ChannelGraph, PrunePlan
 
 FORMAT = "cpd_fast.network"

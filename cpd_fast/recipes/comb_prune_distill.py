@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cpd_fast import store
-from cpd_fast.comb import comb
 from cpd_fast.compact import compact
 from cpd_fast.config import CompressConfig
 from cpd_fast.distill import ChannelWiseKL, LogitKL
 from cpd_fast.errors import FileFormatError, RunFolderError
+from cpd_fast.pipeline import comb
 from cpd_fast.prune import attach_masks
 from cpd_fast.recipes.evaluate import evaluate, reestimate_batch_norm
 from cpd_fast.recipes.outcome import finish
@@ -261,9 +261,8 @@ class _Run:
                 return loss_of(model(batch[0]), batch[1])
 
             probes = torch.Generator().manual_seed(seed)
-            # magnitude: with a handful of probes the sign of a channel's trace is noise, and ranks it at random
-            criterion = HessianTrace(num_probes=c.num_probes, signed=False, generator=probes)
-            scores = score(student, graph, batches, loss, criterion=criterion)
+            criterion = HessianTrace(num_probes=c.num_probes, generator=probes)
+            scores = score(student, graph, batches, loss, criterion=criterion, plan=before)
         if step == 0:  # later scores know nothing of what is gone by then; the report shows the first
             info = {k: v for k, v in scores.info.items() if isinstance(v, (str, int, float, bool))}
             self._write_tensors(SCORES, dict(scores), {"criterion": scores.criterion, "info": info})

@@ -53,6 +53,14 @@ def test_finished_run_is_found_finished(tiny, uninterrupted, monkeypatch):
     assert again.plan == uninterrupted.plan and again.results == uninterrupted.results
 
 
+def test_later_scorings_know_what_is_masked(tiny, tmp_path, monkeypatch):
+    plans, score = [], comb_prune_distill.score
+    monkeypatch.setattr(comb_prune_distill, "score", lambda *a, **k: plans.append(k["plan"]) or score(*a, **k))
+    whole = tiny.run(tmp_path / "run")
+    first, second = plans
+    assert not first and second and set(second) <= set(whole.plan)
+
+
 def in_a_fork(work):
     """Do ``work()`` in a child process; returns the signal that ended it, or 0. Far cheaper than a new Python."""
     child = os.fork()
