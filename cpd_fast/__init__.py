@@ -16,7 +16,7 @@ from cpd_fast.errors import CpdError
 from cpd_fast.pipeline import comb, cost
 from cpd_fast.prune import attach_masks, masked
 from cpd_fast.schedule import plan, random_plan, uniform_plan
-from cpd_fast.score import BNScale, GroupFisher, HessianTrace, Magnitude, Random, Taylor, score
+from cpd_fast.score import BNScale, Criterion, GroupFisher, HessianTrace, Magnitude, Random, Taylor, merge_scores, score
 from cpd_fast.types import ChannelGraph, Cost, CoupledGroup, ParamSlice, PrunePlan, Scores, Target
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ __all__ = [
     "Cost",
     "CoupledGroup",
     "CpdError",
+    "Criterion",
     "Greedy",
     "GroupFisher",
     "HessianTrace",
@@ -64,6 +65,7 @@ __all__ = [
     "load",
     "losses",
     "masked",
+    "merge_scores",
     "ops",
     "plan",
     "random_plan",

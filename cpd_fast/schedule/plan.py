@@ -71,7 +71,8 @@ def plan(
         min_channels: Fewest channels that a block may keep.
         normalize: ``"none"``; ``"mean"`` or ``"max"`` divide a group's scores by their mean or largest magnitude;
             ``"auto"`` does what the criterion recommends (``scores.info["normalize"]``; none where it says nothing).
-        per_cost: ``"params"``, ``"macs"`` or ``"memory"``: rank by score per unit of what a step saves at ``start``.
+        per_cost: ``"params"``, ``"macs"`` or ``"memory"``: rank by score per unit of what a step saves at ``start``;
+            scores must not be negative then.
         start: A plan whose removed channels stay removed.
         latency: ``plan -> milliseconds``, needed by ``Target(latency_ms=)``; must not grow when channels go.
 
@@ -79,7 +80,8 @@ def plan(
         The plan; only groups that lose channels are in it.
 
     Raises:
-        ScoreError: If scores are missing, not finite, of the wrong shape, or of another model.
+        ScoreError: If scores are missing, not finite, of the wrong shape, of another model, or negative with
+            ``per_cost``.
         PlanError: If nothing is prunable, the target cannot be reached, or an argument is out of range.
 
     Source: global threshold as in Yu et al., arXiv:2101.08940 (HAP); balance as a removal unit is ours.
@@ -98,6 +100,7 @@ def plan(
     alive = graph.alive(start)
     units = _units(graph, arrays, alive, round_to, max_pruning_ratio, min_channels)
     if per_cost is not None:
+        _refuse_negative(graph, arrays, alive, per_cost)
         units = [_per_cost(graph, u, alive, per_cost) for u in units]
     steps = _rank(units)
     limits = _limits(graph, target, latency)
@@ -251,6 +254,22 @@ def _per_cost(graph: ChannelGraph, unit: _Unit, alive: np.ndarray, per_cost: str
     saved = getattr(table.cost(alive), name) - getattr(table.cost(fewer), name)
     each = max(saved, 1) / (unit.counts[0] - unit.counts[-1])
     return _Unit(unit.blocks, unit.size, unit.counts, tuple(k / each for k in unit.keys))
+
+
+def _refuse_negative(graph: ChannelGraph, arrays: Mapping[str, np.ndarray], alive: np.ndarray, per_cost: str) -> None:
+    """A negative score divided by a large saving comes out near zero: the best removals would go last.
+
+    Raises:
+        ScoreError: If a channel that is still there has a negative score.
+    """
+    left = {g.name: arrays[g.name][alive[g.offset : g.offset + g.n_channels]] for g in graph.prunable_groups}
+    bad = {name: int((v < 0).sum()) for name, v in left.items() if (v < 0).any()}
+    if bad:
+        raise ScoreError(
+            f"per_cost={per_cost!r}: {sum(bad.values())} of {sum(map(len, left.values()))} scores are negative (first "
+            f"in {next(iter(bad))}) and cannot be divided by a cost; use a criterion without negative scores, such as "
+            "HessianTrace(signed=False), or per_cost=None"
+        )
 
 
 def _rank(units: list[_Unit]) -> np.ndarray:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -177,18 +177,23 @@ class Criterion(ABC):
             )
         if count == 0:
             raise ScoreError(f"{type(self).__name__}: no batches; give at least one")
-        spread = moments.stderr
+        spread, values = moments.stderr, context.split(moments.mean)
+        info: dict[str, Any] = {"observations": count, "normalize": self.normalize}
+        if self.is_magnitude:  # what merge_scores needs
+            info["signed_means"] = {k: v.float().cpu() for k, v in values.items()}
+            values = {k: v.abs() for k, v in values.items()}
         return Scores(
-            context.split(self.transform(moments.mean)),
+            values,
             criterion=repr(self),
             fingerprint=context.graph.fingerprint,
             stderr=None if spread is None else {k: v.float().cpu() for k, v in context.split(spread).items()},
-            info={"observations": count, "normalize": self.normalize},
+            info=info,
         )
 
-    def transform(self, mean: Tensor) -> Tensor:
-        """Last step from the mean of the observations to the score."""
-        return mean
+    @property
+    def is_magnitude(self) -> bool:
+        """Whether the score is the magnitude of the mean of the observations, and not the mean itself."""
+        return False
 
 
 def first_gradients(context: Context, closure: Closure, create_graph: bool = False) -> tuple[Tensor | None, ...]:

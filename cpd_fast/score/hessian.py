@@ -40,8 +40,9 @@ class HessianTrace(Criterion):
             with every operator, in the memory of a training step and a copy of the parameters. Its error of first
             order in the step is odd in the probe and averages out; a step across the kink of a ReLU shows as a rare
             large observation (longer steps tame them).
-        signed: True leaves traces their sign (directions of negative curvature lower the score and are pruned first,
-            as in HAP); False takes the magnitude of each channel's mean.
+        signed: False scores a channel by the magnitude of its mean over all probes. True leaves the sign (channels of
+            negative curvature go first, as in HAP): with few probes about half of the means are negative and most of
+            these signs are noise, so use it with many probes only, and without ``per_cost``.
         step: Length of the finite-difference step a parameter; ``None`` is 2 sqrt(eps) (1 + ||w||) / ||v||.
         generator: Source of the probes; ``None`` is a fresh one on the CPU with seed 0 for every call. A CPU generator
             serves models on any device, with the same probes.
@@ -51,8 +52,8 @@ class HessianTrace(Criterion):
             Hessian-vector product is not finite, an operator has no double backward (engine ``"retained"``), or a
             parameter is of half precision (engine ``"finite_difference"``).
 
-    Source: Yu et al., arXiv:2101.08940 (HAP), relative Hessian trace; their code leaves the 1/2 out and scores output
-    rows only. Adding the columns of the coupled consumers is ours.
+    Source: Yu et al., arXiv:2101.08940 (HAP), relative Hessian trace; their code leaves the 1/2 out, keeps the sign and
+    scores output rows only. Adding the columns of the coupled consumers and taking the magnitude are ours.
 
     Example:
         >>> HessianTrace(num_probes=4).engine
@@ -61,7 +62,7 @@ class HessianTrace(Criterion):
 
     num_probes: int = 1
     engine: str = "retained"
-    signed: bool = True
+    signed: bool = False
     step: float | None = None
     generator: torch.Generator | None = None
 
@@ -86,9 +87,10 @@ class HessianTrace(Criterion):
             traces = layout.cells(layout.reduce_product(context.by_name(v), context.by_name(hv)))
             yield layout.channels(traces * scale)
 
-    def transform(self, mean: Tensor) -> Tensor:
-        """Magnitude where asked for."""
-        return mean if self.signed else mean.abs()
+    @property
+    def is_magnitude(self) -> bool:
+        """Whether signs are dropped once the mean is taken."""
+        return not self.signed
 
 
 _Product = tuple[list[Tensor], Sequence[Tensor | None]]  # v, H v

@@ -78,7 +78,7 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
         parts: Scores of one criterion on one model, each fp32 ``(n_channels,)`` by group.
 
     Returns:
-        What scoring all their batches in one call would have given, up to rounding (for signed criteria).
+        What scoring all their batches in one call would have given, up to rounding.
 
     Raises:
         ScoreError: If there are none, or they differ in model or criterion.
@@ -100,13 +100,14 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
                 f"{first.fingerprint}; merge scores of one criterion on one graph"
             )
     values, stderr, total = {}, {}, 0
+    signed = [part.info.get("signed_means", part) for part in parts]  # scores that are magnitudes: what they are of
     for name in first:
         moments = Moments(first[name].numel())
-        for part in parts:
+        for part, means in zip(parts, signed, strict=True):
             n = int(part.info.get("observations", 1))
             its = Moments(first[name].numel())
             its.count += n
-            its.mean += part[name]
+            its.mean += means[name]
             if name in part.stderr:
                 its.m2 += part.stderr[name].double() ** 2 * n * (n - 1)
             moments.merge(its)
@@ -114,7 +115,10 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
         spread = moments.stderr
         if spread is not None:
             stderr[name] = spread.float()
-    info = {**first.info, "observations": total}
+    info: dict[str, Any] = {**first.info, "observations": total}
+    if "signed_means" in info:
+        info["signed_means"] = {k: v.float() for k, v in values.items()}
+        values = {k: v.abs() for k, v in values.items()}
     return Scores(values, criterion=first.criterion, fingerprint=first.fingerprint, stderr=stderr, info=info)
 
 

@@ -189,6 +189,17 @@ def test_per_cost_prefers_expensive_channels():
     assert dict(plan(graph, scores, Target(params=0.75), per_cost="params")) == {"g1": (2, 3)}
 
 
+def test_per_cost_refuses_negative_scores_of_channels_that_are_there():
+    graph = flat_graph([4, 4], weights=[1, 10])
+    scores = scores_of(graph, {"g0": [1, 2, 3, 4], "g1": [-5, 6, 7, 8]})
+    message = r"per_cost='params': 1 of 8 scores are negative \(first in g1\).*HessianTrace\(signed=False\)"
+    with pytest.raises(ScoreError, match=message):
+        plan(graph, scores, Target(params=0.75), per_cost="params")
+    assert dict(plan(graph, scores, Target(params=0.8))) == {"g1": (1, 2, 3)}
+    gone = PrunePlan({"g1": [1, 2, 3]}, graph.fingerprint)
+    assert dict(plan(graph, scores, Target(params=0.6), per_cost="params", start=gone)) == {"g1": (2, 3)}
+
+
 def test_normalize_mean_makes_groups_comparable():
     graph = flat_graph([4, 4])
     scores = scores_of(graph, {"g0": [1, 2, 3, 4], "g1": [1000, 5000, 6000, 7000]})

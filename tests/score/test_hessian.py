@@ -78,12 +78,12 @@ NETS = {
 def test_one_probe_is_exact_on_a_diagonal_hessian(engine):
     model, graph = quadratic()
     model.double()
-    scores = score(model, graph, [None], lambda m, _: m(), HessianTrace(1, engine=engine))
+    scores = score(model, graph, [None], lambda m, _: m(), HessianTrace(1, engine=engine, signed=True))
     for name, dim in (("rows", 1), ("columns", 0)):
         p = model.w.shape[dim]
         expected = model.a.sum(dim) / (2 * p) * model.w.detach().square().sum(dim)
         torch.testing.assert_close(scores[name].double(), expected, rtol=1e-6, atol=1e-7)
-    again = score(model, graph, [None], lambda m, _: m(), HessianTrace(1, engine=engine, signed=False))
+    again = score(model, graph, [None], lambda m, _: m(), HessianTrace(1, engine=engine))
     assert torch.equal(again["rows"], scores["rows"].abs())
     assert scores["rows"][0] < 0
 
@@ -95,7 +95,7 @@ def test_mean_within_its_own_confidence_of_the_full_hessian(net):
     model.double()
     batch = data(*shape, classes=classes)
     truth = true_scores(model, graph, batch)
-    scores = score(model, graph, [batch], cross_entropy, HessianTrace(600))
+    scores = score(model, graph, [batch], cross_entropy, HessianTrace(600, signed=True))
     z = torch.cat([(scores[n].double() - truth[n]) / scores.stderr[n].double().clamp(min=1e-12) for n in truth])
     assert z.abs().max() < 4
     assert 0.3 < z.square().mean() < 2  # unbiased, and the standard error is honest
@@ -110,7 +110,7 @@ def test_batches_average():
         n: (x + y) / 2
         for (n, x), y in zip(true_scores(model, graph, a).items(), true_scores(model, graph, b).values(), strict=True)
     }
-    scores = score(model, graph, [a, b], cross_entropy, HessianTrace(300))
+    scores = score(model, graph, [a, b], cross_entropy, HessianTrace(300, signed=True))
     for n in truth:
         assert ((scores[n] - truth[n]).abs() / scores.stderr[n]).max() < 4
 
