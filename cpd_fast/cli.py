@@ -30,7 +30,7 @@ INTERRUPTED = 130  # what shells expect after Ctrl-C
 @app.command()
 def compress(
     demo: Annotated[
-        bool, typer.Option("--demo", help="Into runs/demo; with no other option the climate task.")
+        bool, typer.Option("--demo", help="Into runs/demo or runs/demo-DATA; with no other option the climate task.")
     ] = False,
     data: Annotated[str, typer.Option(help="climate (segmentation) or fashion-mnist (classification).")] = "climate",
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data, for fashion-mnist.")] = None,
@@ -53,7 +53,8 @@ def compress(
     given = {"teacher_steps": teacher_steps, "prune_steps": prune_steps, "finetune_steps": finetune_steps}
     settings: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     settings |= dict(_setting(s) for s in setting or ())
-    folder = run_dir or Path("runs") / ("demo" if demo else f"{data}-macs{target_macs:g}-seed{seed}")
+    named = "demo" if data == "climate" else f"demo-{data}"
+    folder = run_dir or Path("runs") / (named if demo else f"{data}-macs{target_macs:g}-seed{seed}")
     result = recipes.cpd(
         data,
         target=target_macs,

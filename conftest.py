@@ -1,0 +1,31 @@
+"""What tests, benchmarks and doctests need first: one thread, the Triton interpreter, a torchvision that loads."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+torch.set_num_threads(1)
+
+
+def _declare_torchvision_ops() -> object | None:
+    """Let a torchvision built for CUDA import beside a CPU-only torch: its two operators exist, but have no body.
+
+    timm imports torchvision; models and transforms work, ``nms`` and ``roi_align`` do not.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        import sys
+
+        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
+
+
+_torchvision_library = _declare_torchvision_ops()  # declarations last as long as this object
