@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from cpd_fast.comb.labels import LabelStore
 from cpd_fast.comb.planes import Plane, State, collapse, constant_state, freeze_dims, meet, orbit
+from cpd_fast.comb.sizes import SIZED_CALLS, sizes_of
 from cpd_fast.errors import CpdError, TraceError, UnsupportedOpError
 from cpd_fast.types import NORMALISING
 
@@ -126,6 +127,7 @@ class Tracer(TorchDispatchMode):
         self.states: dict[int, State] = {}
         self.alive: list[Tensor] = []  # ids are reused once a tensor dies
         self.stack: list[str] = [""]
+        self.sized = [0]  # calls with sizes so far, in the forward of each module of the stack
         self.terms: list[Term] = []
         self.steps: list[Step] = []
         self.transparent: frozenset[str] = frozenset()  # modules that a replay looks through
@@ -332,6 +334,12 @@ class Tracer(TorchDispatchMode):
             self.add_cost("activation_bytes", out.element_size(), tuple(out.shape), labels)
         self.step(call, out, state)
 
+    def resize(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: list[int]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with sizes; a replay may put right ones in."""
+        return args, kwargs
+
     def step(self, call: Call, out: Tensor, state: State) -> None:
         """Remember a computing call; a replay compares it with the original instead."""
         scaled = None
@@ -399,6 +407,16 @@ class _FunctionWatcher(TorchFunctionMode):
                 q = args[0] if args else kwargs["query"]
                 tracer.attention.append(AttentionSite(tracer.module, tracer.state(q)))
         name = getattr(func, "__name__", "")
+        if tracer._suspended:
+            return func(*args, **kwargs)
+        if name in SIZED_CALLS and (sizes := sizes_of(name, args, kwargs)) is not None:
+            args, kwargs = tracer.resize(name, args, kwargs, sizes)
+            tracer.sized = [n + 1 for n in tracer.sized]
+            out = func(*args, **kwargs)
+            parts = [out] if isinstance(out, Tensor) else out
+            for part in parts:
+                tracer.step(Call(name, (), {"parts": len(parts)}, part), part, tracer.state(part))
+            return out
         call = self.calls[tracer.module, name]
         self.calls[tracer.module, name] += 1
         outer, tracer.function = tracer.function, (name, call)
@@ -473,11 +491,13 @@ def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
             if name and args and isinstance(args[0], Tensor) and not tracer._suspended:
                 tracer.step(Call(f"call {name}", (), {}, args[0]), args[0], tracer.state(args[0]))
             tracer.stack.append(name)
+            tracer.sized.append(0)
             if name in tracer.transparent:
                 tracer._suspended = True
 
         def leave(m: nn.Module, args: Any, out: Any) -> None:
             name = tracer.stack.pop()
+            tracer.sized.pop()
             if name in tracer.transparent:
                 tracer._suspended = False
                 tracer.set_state(out, tracer.state(args[0]))

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from cpd_fast.comb.labels import LabelCheck
 from cpd_fast.comb.planes import Plane, State
+from cpd_fast.comb.sizes import SizeFix, fit, with_sizes
 from cpd_fast.comb.trace import Call, Tracer, clone_to_meta, constants, run_trace, tensor_names
 from cpd_fast.compact.shrink import box_shape
+from cpd_fast.compact.views import resize_calls
 from cpd_fast.errors import CompactError
 from cpd_fast.types import ChannelGraph, PrunePlan, TraceStep
 
-MOST_TRIES = 60  # replays a failing module: enough for every network of the zoo that can be repaired at all
+MOST_TRIES = 16  # replays a failing module: enough for every network of the zoo that can be repaired at all
 # layers whose sizes follow from their tensors; their other numbers (strides, groups of a norm) are no sizes
 KNOWN = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU, nn.Embedding)
 
@@ -85,6 +87,7 @@ class Replay:
     module: str
     error: Exception | None
     scales: list[tuple[str, np.ndarray, float]]
+    resizes: dict[str, dict[int, SizeFix]]
 
 
 class Replayer:
@@ -98,6 +101,7 @@ class Replayer:
         self._model, self._graph, self._transparent = model, graph, transparent
         self._planes = {name: _kept_planes(t.maps, t.shape, alive) for name, t in graph.tensors.items()}
         left = _Left(alive)
+        self.resizable: set[str] = set()  # modules in whose calls sizes may be put right
         self._expected = [(s, *left.of(s.shape, s.maps)) for s in graph.steps]
 
     def run(self) -> Replay:
@@ -106,15 +110,15 @@ class Replayer:
         ids, _ = tensor_names(clone)
         tracer = _ReplayTracer(LabelCheck(), ids, dict(self._planes), heads=False)
         tracer.on_unknown, tracer.transparent, tracer.expected = "freeze", self._transparent, self._expected
-        tracer.scales = []
+        tracer.scales, tracer.resizes, tracer.resizable = [], {}, self.resizable
         try:
             run_trace(clone, *self._graph.inputs, tracer)
         except Exception as e:
-            return Replay(tracer.done, tracer.module, e, [])
+            return Replay(tracer.done, tracer.module, e, [], {})
         if tracer.output_shapes != self._graph.output_shapes or tracer.done != len(self._expected):
             error = CompactError(f"output shapes {tracer.output_shapes}, expected {self._graph.output_shapes}")
-            return Replay(tracer.done, "", error, [])
-        return Replay(tracer.done, "", None, tracer.scales)
+            return Replay(tracer.done, "", error, [], {})
+        return Replay(tracer.done, "", None, tracer.scales, tracer.resizes)
 
 
 _Expected = tuple[TraceStep, tuple[int, ...], list[Plane]]  # a computing call, the shape and channels left of it
@@ -126,7 +130,29 @@ class _ReplayTracer(Tracer):
     replay = True
     expected: list[_Expected]
     scales: list[tuple[str, np.ndarray, float]]
+    resizes: dict[str, dict[int, SizeFix]]
+    resizable: set[str]
     done = 0
+
+    def resize(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: list[int]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put in the sizes that the plan leaves, in modules where nothing else helped.
+
+        Raises:
+            CompactError: If one call of a module needs different sizes in two of its forwards.
+        """
+        ahead = self.expected[self.done : self.done + 1]
+        if self.module not in self.resizable or not ahead or ahead[0][0].op != name:
+            return args, kwargs
+        parts = int(ahead[0][0].constants[-1])
+        wanted = [shape for _, shape, _ in self.expected[self.done : self.done + parts]]
+        fix = fit(name, args, kwargs, sizes, wanted)
+        if fix is None:
+            return args, kwargs
+        if self.resizes.setdefault(self.module, {}).setdefault(self.sized[-1], fix) != fix:
+            raise CompactError(f"{name}: called with different sizes in two forwards of the module")
+        return with_sizes(name, args, kwargs, sizes, fix)
 
     def step(self, call: Call, out: Tensor, state: State) -> None:
         """Compare with the original call.
@@ -225,20 +251,36 @@ def repair(model: nn.Module, graph: ChannelGraph, plan: PrunePlan, replayer: Rep
     """
     sizes = _Sizes(graph, plan)
     result = replayer.run()
+    hopeless: set[type] = set()  # classes whose attributes do not help
     for _ in range(200):
         if result.error is None:
-            return _scale_rows(model, graph, plan, result.scales)
-        better = _improve(model, sizes, replayer, result)
+            break
+        module = model.get_submodule(result.module) if result.module else model
+        better = None if type(module) in hopeless else _improve(model, sizes, replayer, result, result.module)
         if better is None:
-            module = model.get_submodule(result.module) if result.module else model
-            raise CompactError(
-                f"{result.module or 'the model'} ({type(module).__name__}): the compacted forward fails: "
-                f"{result.error}. Its forward holds a size that cpd_fast could not repair; keep the module whole with "
-                "comb(..., ignore=[...])",
-                result.module,
-            ) from result.error
+            hopeless.add(type(module))
+            replayer.resizable |= {name for name, m in model.named_modules() if type(m) is type(module)}
+            better = replayer.run()
+            if better.error is not None and better.done <= result.done:
+                better = _improve_above(model, sizes, replayer, result)
         result = better
-    raise CompactError("attribute repair does not end; keep the failing modules whole with comb(..., ignore=[...])")
+    if result.resizes:
+        for name, fixes in result.resizes.items():
+            resize_calls(model.get_submodule(name) if name else model, fixes)
+        replayer.resizable = set()
+        result = replayer.run()
+    if result.error is not None:
+        failure = _failure(result, model.get_submodule(result.module))
+        raise failure from result.error
+    _scale_rows(model, graph, plan, result.scales)
+
+
+def _failure(result: Replay, module: nn.Module) -> CompactError:
+    return CompactError(
+        f"{result.module or 'the model'} ({type(module).__name__}): the compacted forward fails: {result.error}. "
+        "Its forward holds a size that cpd_fast could not repair; keep the module whole with comb(..., ignore=[...])",
+        result.module,
+    )
 
 
 def _scale_rows(
@@ -262,35 +304,48 @@ class _Edit:
     roles: frozenset[str]  # what the new size is the size of, relative to the module
 
 
-def _improve(model: nn.Module, sizes: _Sizes, replayer: Replayer, before: Replay) -> Replay | None:
-    """Find the edit at the failing module, or at one that holds it, that gets the replay furthest."""
+def _improve_above(model: nn.Module, sizes: _Sizes, replayer: Replayer, before: Replay) -> Replay:
+    """Edits at the modules that hold the failing one.
+
+    Raises:
+        CompactError: When none of them helps either.
+    """
     path = before.module
-    while True:
-        module = model.get_submodule(path) if path else model
-        edits = list(sizes.edits(path, module))
-        best: tuple[Replay, tuple[_Edit, ...]] | None = None
-        for n in (1, 2):
-            for chosen in islice(combinations(edits, n), MOST_TRIES):
-                if len({e.attribute for e in chosen}) < n:
-                    continue
-                with _Applied(module, chosen):
-                    after = replayer.run()
-                done = after.error is None
-                if done or after.done > before.done:
-                    if best is None or done or after.done > best[0].done:
-                        best = (after, chosen)
-                    if done:
-                        break
-            if best is not None:
+    while path:
+        path = path.rpartition(".")[0]
+        better = _improve(model, sizes, replayer, before, path, most=1)
+        if better is not None:
+            return better
+    module = model.get_submodule(before.module) if before.module else model
+    failure = _failure(before, module)
+    raise failure from before.error
+
+
+def _improve(
+    model: nn.Module, sizes: _Sizes, replayer: Replayer, before: Replay, path: str, most: int = 2
+) -> Replay | None:
+    """Find the edit (of up to ``most`` attributes) at one module that gets the replay furthest, and keep it."""
+    module = model.get_submodule(path) if path else model
+    edits = list(sizes.edits(path, module))
+    best: tuple[Replay, tuple[_Edit, ...]] | None = None
+    for n in range(1, most + 1):
+        for chosen in islice(combinations(edits, n), MOST_TRIES):
+            if len({e.attribute for e in chosen}) < n:
+                continue
+            with _Applied(module, chosen):
+                after = replayer.run()
+            if after.error is None or after.done > (best[0] if best else before).done:
+                best = (after, chosen)
+            if after.error is None:
                 break
         if best is not None:
-            _Applied(module, best[1]).__enter__()
-            if best[0].error is None:
-                return best[0]
-            return _repeat_on_class(model, module, best[1], sizes, replayer, best[0])
-        if not path:
-            return None
-        path = path.rpartition(".")[0]
+            break
+    if best is None:
+        return None
+    _Applied(module, best[1]).__enter__()
+    if best[0].error is None:
+        return best[0]
+    return _repeat_on_class(model, module, best[1], sizes, replayer, best[0])
 
 
 def _repeat_on_class(

@@ -246,7 +246,7 @@ class HardCoded(nn.Module):
         self.fc, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
 
     def forward(self, x):
-        return self.out(self.fc(x).reshape(-1, 8))
+        return self.out(self.fc(x) * torch.linspace(0, 1, 8))
 
 
 def test_a_hard_coded_size_is_refused_and_nothing_is_lost():
@@ -260,6 +260,40 @@ def test_a_hard_coded_size_is_refused_and_nothing_is_lost():
         compact(model, graph, plan, optimizer=optimizer, inplace=True)
     assert model.fc.weight.shape == (8, 3)
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == params == [id(p) for p in model.parameters()]
+
+
+class InnerWidthOfInput(nn.Module):
+    """Attention of older ViTs: the inner width is taken to be that of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc_in, self.qkv, self.proj = nn.Linear(3, 8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.fc_in(x)
+        n, t, c = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        attention = (q @ k.transpose(-2, -1) * 0.5).softmax(-1)
+        return self.out(x + self.proj((attention @ v).transpose(1, 2).reshape(n, t, c)))
+
+
+def test_sizes_that_the_forward_mixes_up_are_put_into_its_calls():
+    model, x = informative(InnerWidthOfInput()).double(), torch.randn(2, 5, 3).double()
+    graph = comb(model, x)
+    assert {g.name for g in graph.prunable_groups} == {"fc_in", "qkv", "qkv#2"}
+    plan = PrunePlan(
+        {"fc_in": [0, 2, 3, 5, 7], "qkv": [0, 1, 2, 5, 6, 7], "qkv#2": [0, 1, 3, 4, 5, 6]}, graph.fingerprint
+    )
+    small = compact(model, graph, plan)
+    assert isinstance(small, InnerWidthOfInput) and small.state_dict().keys() == model.state_dict().keys()
+    for batch in (2, 5):  # sizes of batch and tokens still follow the input
+        x = torch.randn(batch, 4 + batch, 3).double()
+        with torch.no_grad(), masked(model, graph, plan) as m:
+            assert relative_error(m(x), small(x)) < 1e-12
+            assert relative_error(copy.deepcopy(small)(x), small(x)) == 0
+    exported = torch.export.export(small, (x,), strict=False).module()
+    assert relative_error(exported(x), small(x)) < 1e-12
 
 
 def test_channels_last_and_dtype_survive():

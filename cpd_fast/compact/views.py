@@ -1,0 +1,56 @@
+"""Modules whose forward computes a size that does not follow the plan: the size is put into the call instead."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from cpd_fast.comb.sizes import SIZED_CALLS, SizeFix, sizes_of, with_sizes
+
+
+class _Sizes(TorchFunctionMode):
+    """Counts the calls with sizes of one forward and changes those that were found wrong in the replay."""
+
+    def __init__(self, fixes: dict[int, SizeFix]) -> None:
+        super().__init__()
+        self.fixes, self.count = fixes, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        sizes = sizes_of(name, args, kwargs) if name in SIZED_CALLS else None
+        if sizes is not None:
+            fix = self.fixes.get(self.count)
+            self.count += 1
+            if fix is not None:
+                args, kwargs = with_sizes(name, args, kwargs, sizes, fix)
+        return func(*args, **kwargs)
+
+
+class Resized(nn.Module):
+    """Mixed into the class of a module whose forward mixes up sizes after compaction.
+
+    ``resized_calls`` maps the number of a view, reshape, expand, unflatten or split within one forward to the sizes
+    that it must be given; dims that are not named follow the input as before.
+    """
+
+    resized_calls: dict[int, SizeFix]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the original class with some sizes put right."""
+        with _Sizes(self.resized_calls):
+            return super().forward(*args, **kwargs)
+
+
+@cache
+def _resized_class(base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Resized{base.__name__}", (Resized, base), {"__module__": base.__module__})
+
+
+def resize_calls(module: nn.Module, fixes: dict[int, SizeFix]) -> None:
+    """Make a module give these sizes; it keeps its class as a base, its parameters and its state dict."""
+    module.__class__ = _resized_class(type(module))
+    module.resized_calls = fixes
