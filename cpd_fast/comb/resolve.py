@@ -32,6 +32,7 @@ def resolve(store: LabelStore, planes: dict[str, list[Plane]], order: Sequence[s
         order: Names by first use: decides channel order and names.
     """
     flat = [(name, i, p) for name in order for i, p in enumerate(planes[name])]
+    _freeze_unproduced(store, flat)
     for _ in range(1 + len(store.grids)):
         classes = store.classes()
         frozen = store.frozen(classes)
@@ -41,6 +42,19 @@ def resolve(store: LabelStore, planes: dict[str, list[Plane]], order: Sequence[s
             break
     groups, channel = _build_groups(store, flat, classes, frozen, signature, balance)
     return Resolved(groups, channel)
+
+
+def _freeze_unproduced(store: LabelStore, flat: list[tuple[str, int, Plane]]) -> None:
+    """Columns that no parameter produces anything for read values made by the forward, whose number is fixed."""
+    classes, consumed = store.classes(), store.consumed()
+    produced = np.zeros(store.count, bool)
+    for _, _, p in flat:
+        labels = p.labels.reshape(-1)
+        produced[classes[labels[~consumed[labels]]]] = True
+    for _, _, p in flat:
+        orphans = p.labels[~produced[classes[p.labels]]]
+        if orphans.size:
+            store.freeze(orphans, "reads values that no layer produces")
 
 
 def _mix(values: np.ndarray | int) -> np.ndarray:
