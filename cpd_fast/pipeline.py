@@ -93,6 +93,8 @@ def _freeze_around(graph: ChannelGraph, model: nn.Module, module: str, widely: b
     chosen = [g for g in graph.prunable_groups if hit(g)]
     ties = {g.tie for g in chosen if g.tie}
     names = {g.name for g in graph.prunable_groups if g in chosen or g.tie in ties}
+    if not module and not names:
+        names = {g.name for g in graph.prunable_groups}
     if not names:
         if widely:  # nothing reaches the module itself: what its parent shares with it
             return _freeze_around(graph, model, module.rpartition(".")[0], widely=True)

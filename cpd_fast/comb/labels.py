@@ -90,6 +90,11 @@ class LabelStore:
         return out
 
 
+def agree(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether channel ids are equal wherever both are known; arrays broadcast."""
+    return not ((a != b) & (a >= 0) & (b >= 0)).any()
+
+
 class LabelCheck(LabelStore):
     """The store of a replay: labels are channel ids already (-1: unknown), a union must find them equal."""
 
@@ -103,8 +108,7 @@ class LabelCheck(LabelStore):
         Raises:
             CompactError: Where two channels meet that are not coupled.
         """
-        a, b = np.broadcast_arrays(a, b)
-        if ((a != b) & (a >= 0) & (b >= 0)).any():
+        if not agree(a, b):
             raise CompactError("channels meet that do not belong together")
 
     def freeze(self, labels: np.ndarray, reason: str) -> None:

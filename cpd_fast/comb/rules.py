@@ -582,31 +582,42 @@ def index(t: Tracer, call: Call) -> State:
 
 @register_rule(
     *(f"aten.{n}" for n in ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")),
-    *(f"aten.{n}" for n in ("batch_norm", "cudnn_batch_norm", "_batch_norm_with_update", "instance_norm")),
+    *(f"aten.{n}" for n in ("cudnn_batch_norm", "_batch_norm_with_update")),
 )
-def batch_norm(t: Tracer, call: Call) -> Any:
-    """x (N, C, ...) with weight, bias and running statistics (C,)."""
-    x = call.args[0]
-    out = call.out[0] if isinstance(call.out, (tuple, list)) else call.out
-    state = t.state(x)
-    shape = [s if d == 1 else 1 for d, s in enumerate(x.shape)]
-    for p in call.args[1:5]:
-        if isinstance(p, Tensor):
-            moved = reshape(t.store, t.state(p), tuple(p.shape), tuple(shape))
-            state = meet(t.store, [state, moved], [tuple(x.shape), tuple(shape)], tuple(x.shape), t.heads)
+def native_batch_norm(t: Tracer, call: Call) -> Any:
+    """(x, weight, bias, running mean, running variance, training, ...)."""
     training = call.op != "aten._native_batch_norm_legit_no_training" and call.args[5] is True
-    across = [p for p in t.state(x).planes if set(p.dims) - {1}] if training else []
-    t.add_site(x, across)
-    rest = [State() for o in tree_leaves(call.out) if isinstance(o, Tensor)][1:]
-    return [replace(state, scaled_by=_sources(t, *call.args[1:3])), *rest] if out is not call.out else state
+    state = _batch_norm(t, call.args[0], call.args[1:3], call.args[3:5], training)
+    return [state, *(State() for o in tree_leaves(call.out) if isinstance(o, Tensor))][:-1]
 
 
-@register_rule("aten.native_layer_norm", "aten.layer_norm", "function.rms_norm")
+@register_rule("function.batch_norm")
+def batch_norm(t: Tracer, call: Call) -> State:
+    """F.batch_norm(x, running_mean, running_var, weight, bias, training, ...)."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+    x, mean, var, weight, bias, training = (call.arg(i, n) for i, n in enumerate(names))
+    return _batch_norm(t, x, (weight, bias), (mean, var), bool(training))
+
+
+def _batch_norm(t: Tracer, x: Tensor, affine: Any, running: Any, training: bool) -> State:
+    """x (N, C, ...) with weight, bias and running statistics (C,)."""
+    state = t.state(x)
+    shape = tuple(s if d == 1 else 1 for d, s in enumerate(x.shape))
+    for p in (*affine, *running):
+        if isinstance(p, Tensor):
+            moved = reshape(t.store, t.state(p), tuple(p.shape), shape)
+            state = meet(t.store, [state, moved], [tuple(x.shape), shape], tuple(x.shape), t.heads)
+    t.add_site(x, [p for p in t.state(x).planes if set(p.dims) - {1}] if training else [])
+    return replace(state, scaled_by=_sources(t, *affine))
+
+
+@register_rule("aten.native_layer_norm", "function.layer_norm", "function.rms_norm")
 def layer_norm(t: Tracer, call: Call) -> Any:
     """Statistics over the last dims: a mask counts kept channels only."""
     x, shape = call.arg(0, "input"), call.arg(1, "normalized_shape")
     normalised = set(range(x.dim() - len(shape), x.dim()))
-    affine = [p for p in (*call.args[2:4], call.kwargs.get("weight")) if isinstance(p, Tensor)]
+    given = (*call.args[2:4], call.kwargs.get("weight"), call.kwargs.get("bias"))
+    affine = [p for p in given if isinstance(p, Tensor)]
     t.add_site(x, [p for p in t.state(x).planes if normalised.intersection(p.dims)])
     outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
     state = t.meet(x, *affine, out=outs[0])

@@ -424,12 +424,31 @@ class _FunctionWatcher(TorchFunctionMode):
             if f"function.{name}" not in RULES:
                 return func(*args, **kwargs)
             with tracer.suspended():
-                out = func(*args, **kwargs)
+                out = _shape_only(name, args, kwargs)
+                if out is None:
+                    out = func(*args, **kwargs)
             done = Call(name, tuple(args), kwargs, out)
             tracer.finish(done, [out], [RULES[f"function.{name}"](tracer, done)])
             return out
         finally:
             tracer.function = outer
+
+
+def _shape_only(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The output of a common call where its shape is plain: PyTorch's own meta kernels of these are slow."""
+    if not args or not isinstance(args[0], Tensor) or args[0].device.type != "meta":
+        return None
+    x, tensors = args[0], [t for t in tree_leaves((args[1:], kwargs)) if isinstance(t, Tensor)]
+    if any(t.dtype != x.dtype for t in tensors):
+        return None
+    if name == "batch_norm" and x.dim() > 1 and all(t.shape == x.shape[1:2] for t in tensors):
+        return torch.empty_like(x)
+    if name == "layer_norm" and all(t.shape == x.shape[x.dim() - t.dim() :] for t in tensors):
+        shape = tuple(args[1] if len(args) > 1 else kwargs["normalized_shape"])
+        return torch.empty_like(x) if shape == tuple(x.shape[x.dim() - len(shape) :]) else None
+    if name == "linear" and tensors and x.dim() > 1 and x.shape[-1] == tensors[0].shape[1]:
+        return torch.empty(*x.shape[:-1], tensors[0].shape[0], dtype=x.dtype, device="meta")
+    return None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpd_fast.comb.labels import LabelCheck
+from cpd_fast.comb.labels import LabelCheck, agree
 from cpd_fast.comb.planes import Plane, State
 from cpd_fast.comb.sizes import SizeFix, fit, with_sizes
 from cpd_fast.comb.trace import Call, Tracer, clone_to_meta, constants, run_trace, tensor_names
@@ -168,10 +168,10 @@ class _ReplayTracer(Tracer):
         if tuple(out.shape) != shape:
             raise CompactError(f"{call.op} gives shape {tuple(out.shape)}, the plan leaves {shape}")
         self._compare_constants(call.op, wanted, constants(call))
-        for plane in planes:
-            for got in state.planes:
-                if got.dims == plane.dims:
-                    self.store.unite(got.labels, plane.labels)
+        for got in state.planes:
+            alike = [p.labels for p in planes if p.dims == got.dims]
+            if alike and not any(agree(got.labels, labels) for labels in alike):
+                raise CompactError(f"{call.op}: channels meet that do not belong together")
         self.set_state(out, replace(state, planes=tuple(planes)))
         self.done += 1
 
