@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from cpd_fast.errors import BackendError
+from cpd_fast.errors import BackendError, ShapeError
 
 OPSET = 20
 TOLERANCE = 1e-4  # of the largest output; fp32 in another order of summation stays below 1e-5
@@ -65,6 +65,7 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[s
     Raises:
         BackendError: If onnx, onnxscript or onnxruntime is missing, the model cannot be exported, or ONNX Runtime's
             outputs differ by more than 1e-4.
+        ShapeError: If the forward fails on the example inputs.
 
     Example:
         >>> import tempfile
@@ -77,6 +78,7 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[s
     part = path.with_name(path.name + ".part")
     try:
         with _eval_mode(model):
+            _try_forward(model, example_inputs)
             _write(model, example_inputs, part)
             error = max(_difference(model, inputs, part) for inputs in (example_inputs, _twice(example_inputs)))
         if not error <= TOLERANCE:
@@ -89,6 +91,24 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[s
         with contextlib.suppress(FileNotFoundError):
             part.unlink()
     return error
+
+
+def _try_forward(model: nn.Module, inputs: Any) -> None:
+    """Find wrong inputs here: the exporter would wrap them in pages of its own advice.
+
+    Raises:
+        ShapeError: If the forward fails.
+    """
+    args, kwargs = _arguments(inputs)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as e:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
+        raise ShapeError(
+            f"{type(model).__name__}: the forward fails on example inputs of shape {shapes}: {e}; "
+            "give inputs that the model accepts"
+        ) from e
 
 
 def _write(model: nn.Module, example_inputs: Any, path: Path) -> None:
@@ -113,7 +133,7 @@ def _write(model: nn.Module, example_inputs: Any, path: Path) -> None:
     except OSError:
         raise
     except Exception as e:
-        reason = str(e).strip().splitlines()
+        reason = str(e.__cause__ or e).strip().splitlines()
         raise BackendError(f"{type(model).__name__} cannot be exported to ONNX: {reason[0] if reason else e!r}") from e
 
 

@@ -1,5 +1,8 @@
 """Fixed seeds, and memory that shows when it was not written."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -21,3 +24,12 @@ def fresh_memory_is_nan():
     yield
     torch.use_deterministic_algorithms(old[0])
     torch.utils.deterministic.fill_uninitialized_memory = old[1]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The module recipes/tiny.py, whose recipe run takes a second."""
+    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parent / "recipes" / "tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -93,6 +93,8 @@ def plan(
         >>> plan(graph, {"0": torch.arange(8.0)}, Target(macs=0.5))["0"]
         (4, 5, 6, 7)
     """
+    if not isinstance(target, Target):
+        raise PlanError(f"target: expected a Target such as Target(macs=0.5), got {target!r}")
     _check_arguments(round_to, min_channels, normalize, per_cost)
     if start is not None:
         start.check(graph)
@@ -342,9 +344,10 @@ def _unreachable(graph: ChannelGraph, limits: list[_Limit], least: PrunePlan, ro
             can = f"{value:g}" if limit.given > 1 or not limit.dense else f"{ceil(value / limit.dense * 1e4) / 1e4:g}"
             parts.append(f"{limit.name}={limit.given:g} cannot be reached: {can} is the least")
     frozen = [g.name for g in graph.groups if not g.prunable]
+    note = " (numbers above 1 are absolute, fractions at most 1)" if any(v.given > 1 for v in limits) else ""
     held = f"; frozen groups: {', '.join(frozen[:5])}{' ...' if len(frozen) > 5 else ''}" if frozen else ""
     return (
-        f"{', '.join(parts)} with these groups, max_pruning_ratio, min_channels and round_to={round_to}{held}; "
+        f"{', '.join(parts)}{note} with these groups, max_pruning_ratio, min_channels and round_to={round_to}{held}; "
         "raise the target or loosen these"
     )
 

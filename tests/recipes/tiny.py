@@ -1,8 +1,9 @@
-"""A task of a second, and a process that dies in the middle of it: ``python tiny.py RUN_DIR WRITE_TO_DIE_AT``."""
+"""A task of a second, and a process that dies in the middle of it: ``tiny.py RUN_DIR WRITE_TO_DIE_AT NAME=N``."""
 
 import os
 import signal
 import sys
+from unittest import mock
 
 import torch
 
@@ -43,11 +44,10 @@ def no_onnx(*_):
     raise BackendError("left out in this test")
 
 
-def run(folder, task=None, **settings):
-    outcome.export_onnx = no_onnx
-    return recipes.cpd(
-        task or classification(), run_dir=folder, talk=recipes.Talk(quiet=True), **{**SETTINGS, **settings}
-    )
+def run(folder, task=None, quiet=True, **settings):
+    with mock.patch.object(outcome, "export_onnx", no_onnx):
+        talk = recipes.Talk(quiet=quiet)
+        return recipes.cpd(task or classification(), run_dir=folder, talk=talk, **{**SETTINGS, **settings})
 
 
 def die_at_write(die_at):
@@ -68,4 +68,7 @@ def die_at_write(die_at):
 
 if __name__ == "__main__":
     die_at_write(int(sys.argv[2]))
-    run(sys.argv[1])
+    try:
+        run(sys.argv[1], quiet=False, **{name: int(n) for name, _, n in (a.partition("=") for a in sys.argv[3:])})
+    except KeyboardInterrupt:
+        sys.exit(130)
