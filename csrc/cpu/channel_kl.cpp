@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/columns.h"
 #include "cpu/simd.h"
 
 namespace cpd {
@@ -182,6 +183,7 @@ template <class T>
 void rows(const ChannelKl& args) {
   using A = compute_t<T>;
   const int64_t n = args.reduce;
+  if (args.dstudent) want_large_pages(args.dstudent, args.outer * n * int64_t(sizeof(T)));
 #pragma omp parallel num_threads(args.num_threads)
   {
     Scratch<A> scratch;
@@ -230,7 +232,7 @@ struct Lanes {
 };
 
 template <class T, class A>
-void copy_row(const T* from, int64_t n, A* to) {
+void copy_lanes(const T* from, int64_t n, A* to) {
   if constexpr (std::is_same_v<T, A>) {
     store(to, from, n);
   } else {
@@ -257,8 +259,8 @@ void lanes_load(const T* s, const T* t, int64_t stride, int64_t n, int64_t width
       prefetch_row<0>(s + (r + kAhead) * stride, width);
       prefetch_row<0>(t + (r + kAhead) * stride, width);
     }
-    copy_row(s + r * stride, width, sr);
-    copy_row(t + r * stride, width, tr);
+    copy_lanes(s + r * stride, width, sr);
+    copy_lanes(t + r * stride, width, tr);
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
       bs[i] = sr[i] > bs[i] ? sr[i] : bs[i];
@@ -390,8 +392,8 @@ void tile(const ChannelKl& args, int64_t o, int64_t lane, int64_t width, int64_t
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i) e[i] = e[i] * fs[i] - f[i] * ft[i];
     } else {
-      copy_row(s + r * stride, width, e);
-      copy_row(t + r * stride, width, f);
+      copy_lanes(s + r * stride, width, e);
+      copy_lanes(t + r * stride, width, f);
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i) {
         const A x = (e[i] - bs[i]) * c, y = (f[i] - bt[i]) * c;
@@ -424,11 +426,11 @@ void columns(const ChannelKl& args) {
 
 template <class T>
 void run(const ChannelKl& args) {
-  if (args.inner == 1) {
-    rows<T>(args);
-  } else {
-    columns<T>(args);
+  if (args.inner == 1) return rows<T>(args);
+  if constexpr (!std::is_same_v<T, double>) {
+    if (args.reduce <= kColumnRows) return columns_in_registers<T>(args);
   }
+  columns<T>(args);
 }
 
 template <class T>
