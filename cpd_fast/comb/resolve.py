@@ -47,12 +47,13 @@ def resolve(store: LabelStore, planes: dict[str, list[Plane]], order: Sequence[s
 def _freeze_unproduced(store: LabelStore, flat: list[tuple[str, int, Plane]]) -> None:
     """Columns that no parameter produces anything for read values made by the forward, whose number is fixed."""
     classes, consumed = store.classes(), store.consumed()
+    frozen = store.frozen(classes)
     produced = np.zeros(store.count, bool)
     for _, _, p in flat:
         labels = p.labels.reshape(-1)
         produced[classes[labels[~consumed[labels]]]] = True
     for _, _, p in flat:
-        orphans = p.labels[~produced[classes[p.labels]]]
+        orphans = p.labels[~produced[classes[p.labels]] & (frozen[classes[p.labels]] < 0)]
         if orphans.size:
             store.freeze(orphans, "reads values that no layer produces")
 

@@ -364,7 +364,16 @@ SCALING = {"aten.mul", "aten.div", "scaled_dot_product_attention"}
 SIZED = {
     *(f"aten.{n}" for n in "convolution native_layer_norm repeat tile zeros ones full empty arange rand randn".split()),
     *(f"aten.{n}" for n in "new_zeros new_ones new_full new_empty linspace eye native_channel_shuffle".split()),
-    *("linear", "matmul", "__matmul__", "rms_norm", "aten.empty_strided", "aten.new_empty_strided", "aten.split"),
+    *(
+        "linear",
+        "matmul",
+        "__matmul__",
+        "layer_norm",
+        "rms_norm",
+        "aten.empty_strided",
+        "aten.new_empty_strided",
+        "aten.split",
+    ),
 }
 
 
