@@ -20,6 +20,7 @@ from cpd_fast.errors import BackendError, ShapeError
 
 OPSET = 20
 TOLERANCE = 1e-4  # of the largest output; fp32 in another order of summation stays below 1e-5
+FEWEST = 20  # undisturbed runs that a median needs
 BACKENDS = ("onnxruntime", "eager")
 WARM_UP = 20
 INSTALL = "install it with: pip install onnx onnxscript onnxruntime"
@@ -34,6 +35,8 @@ class Latency:
         low_ms: Lower end of the 95 % confidence interval of the median, milliseconds.
         high_ms: Its upper end.
         runs: Timed runs.
+        left_out: Runs that do not count, because another process took the core meanwhile. On a busy machine a long run
+            is hit more often than a short one, and a ratio of medians over all runs would compare the waiting.
         backend: ``"onnxruntime"`` or ``"eager"``.
         threads: CPU threads that the backend was given.
         input_shapes: Shape of each input.
@@ -46,6 +49,7 @@ class Latency:
     backend: str
     threads: int
     input_shapes: tuple[tuple[int, ...], ...]
+    left_out: int = 0
 
     def __str__(self) -> str:
         return f"{self.median_ms:.3f} ms [{self.low_ms:.3f}, {self.high_ms:.3f}]"
@@ -219,23 +223,43 @@ def compare_latency(
         runners = [prepare(m, example_inputs, count, stack) for m in models]
         times = _interleaved(runners, runs, seconds)
     shapes = tuple(tuple(t.shape) for t in tree_flatten(example_inputs)[0] if isinstance(t, Tensor))
-    return [Latency(*_median_interval(t), len(t), backend, count, shapes) for t in times]
+    results = []
+    for all_runs, disturbed in times:
+        calm = all_runs[~disturbed]
+        calm = calm if len(calm) >= FEWEST else all_runs
+        left_out = len(all_runs) - len(calm)
+        results.append(Latency(*_median_interval(calm), len(all_runs), backend, count, shapes, left_out))
+    return results
 
 
-def _interleaved(runners: Sequence[Callable[[], Any]], runs: int, seconds: float | None) -> list[np.ndarray]:
+def _interleaved(
+    runners: Sequence[Callable[[], Any]], runs: int, seconds: float | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each runner the milliseconds of every run, and whether the core was taken away meanwhile."""
     for run in runners:
         for _ in range(WARM_UP):
             run()
-    times: list[list[float]] = [[] for _ in runners]
+    times: list[list[tuple[float, bool]]] = [[] for _ in runners]
     end = None if seconds is None else time.perf_counter() + seconds * len(runners)
     for _ in range(runs):
         for run, record in zip(runners, times, strict=True):
-            start = time.perf_counter()
+            taken, start = _times_preempted(), time.perf_counter()
             run()
-            record.append((time.perf_counter() - start) * 1e3)
+            spent = (time.perf_counter() - start) * 1e3
+            record.append((spent, _times_preempted() != taken))
         if end is not None and time.perf_counter() > end:
             break
-    return [np.asarray(t) for t in times]
+    return [(np.array([t for t, _ in rows]), np.array([hit for _, hit in rows])) for rows in times]
+
+
+def _times_preempted() -> int:
+    """How often the kernel has taken the core from this thread; 0 where it does not say."""
+    try:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+    except (ImportError, AttributeError):  # not Linux
+        return 0
 
 
 def _median_interval(times: np.ndarray) -> tuple[float, float, float]:

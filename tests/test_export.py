@@ -119,3 +119,27 @@ def test_bad_arguments(arguments, error, message):
 def test_eager_cannot_time_a_file(exported):
     with pytest.raises(BackendError, match="'eager' times modules"):
         latency(exported[1], X, backend="eager", runs=1)
+
+
+def test_runs_that_lost_the_core_do_not_count(monkeypatch):
+    preempted, clock = 0, 0.0
+
+    class Slow(nn.Module):
+        """Takes 2 ms; every other time 6, of which it waits for the core for 4."""
+
+        calls = 0
+
+        def forward(self, x):
+            nonlocal preempted, clock
+            self.calls += 1
+            clock += 2e-3
+            if self.calls % 2:
+                clock += 4e-3
+                preempted += 1
+            return x
+
+    monkeypatch.setattr(export, "_times_preempted", lambda: preempted)
+    monkeypatch.setattr(export.time, "perf_counter", lambda: clock)
+    few, many = (latency(Slow(), X, "eager", runs=runs, threads=1) for runs in (10, 100))
+    assert many.median_ms == pytest.approx(2) and (many.runs, many.left_out) == (100, 50)
+    assert few.median_ms == pytest.approx(4) and (few.runs, few.left_out) == (10, 0)

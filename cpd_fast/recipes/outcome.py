@@ -81,6 +81,7 @@ def finish(
                 "backend": "ONNX Runtime" if timed[0].backend == "onnxruntime" else "eager PyTorch",
                 "threads": timed[0].threads,
                 "runs": timed[0].runs,
+                "left_out": sum(t.left_out for t in timed),
             },
             settings=folder.read_json("run.json")["settings"],
             command=command,

@@ -122,9 +122,11 @@ def _latency_text(r: Results) -> str:
 
     shape = "x".join(map(str, r.input_shape))
     threads = r.latency["threads"]
+    left_out = int(r.latency.get("left_out", 0))
+    busy = f" ({left_out} of all left out: another process took the core)" if left_out else ""
     return (
         f'<p class="fine">Latency: {escape(str(r.latency["backend"]))}, input {shape}, '
-        f"{threads} CPU thread{'s' if threads != 1 else ''}, {r.latency['runs']} runs of each network in turns, "
+        f"{threads} CPU thread{'s' if threads != 1 else ''}, {r.latency['runs']} runs of each network in turns{busy}, "
         f"median and its 95 % interval: {one(r.teacher)} before, {one(r.student)} after.</p>"
     )
 
