@@ -625,6 +625,15 @@ def layer_norm(t: Tracer, call: Call) -> Any:
     return [state, *(_drop(t, x, o) for o in outs[1:])] if isinstance(call.out, (tuple, list)) else state
 
 
+@register_rule("aten._weight_norm_interface")
+def weight_norm(t: Tracer, call: Call) -> Any:
+    """g * v / norm(v) with the norm over all dims but one: that one keeps its channels."""
+    v, g, dim = call.args[0], call.args[1], call.arg(2, "dim", 0) % call.args[0].dim()
+    t.freeze_dims(v, {d for d in range(v.dim()) if d != dim}, "weight_norm runs over this axis")
+    state = meet(t.store, [t.state(v), t.state(g)], [tuple(v.shape), tuple(g.shape)], tuple(v.shape), t.heads)
+    return [state, t.state(g)]
+
+
 def _drop(t: Tracer, x: Tensor, out: Tensor) -> State:
     """Statistics of x: same rank, the planes that survive."""
     return State(tuple(p for p in t.state(x).planes if all(out.shape[d] == x.shape[d] for d in p.dims)))

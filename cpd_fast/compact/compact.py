@@ -124,13 +124,6 @@ def _check_model(model: nn.Module, graph: ChannelGraph) -> None:
         if got is None or tuple(got.shape) != t.shape:
             what = "no such tensor" if got is None else f"shape {tuple(got.shape)}"
             raise PlanError(f"{name}: the graph expects shape {t.shape}, the model has {what}; comb this model")
-    if any("parametrizations" in n for n in own):
-        shrunk = [n for n in graph.tensors if ".parametrizations." in n]
-        if shrunk:
-            raise CompactError(
-                f"{shrunk[0]}: parametrized weights cannot be cut; call torch.nn.utils.parametrize."
-                "remove_parametrizations first, or comb(..., ignore=[...])"
-            )
 
 
 def _row_scales(sites: tuple[ScaleSite, ...], alive: np.ndarray) -> tuple[dict[str, float], dict[str, list[_RowScale]]]:

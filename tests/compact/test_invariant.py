@@ -11,6 +11,7 @@ from torch import nn
 from cpd_fast.comb import comb as trace_groups
 from cpd_fast.compact import Scale, compact
 from cpd_fast.errors import CompactError, PlanError
+from cpd_fast.models import EfficientNetLite0FPN
 from cpd_fast.pipeline import comb
 from cpd_fast.prune import attach_masks, masked
 from cpd_fast.schedule import plan_cost, random_plan
@@ -28,6 +29,7 @@ TIMM = [
     "convnext_atto",
     "deit_tiny_patch16_224",
     "deit_small_patch16_224",
+    "efficientnet_lite0_fpn",
 ]
 
 
@@ -37,6 +39,9 @@ def generator(seed):
 
 def build_timm(name):
     torch.manual_seed(0)
+    if name == "efficientnet_lite0_fpn":
+        model = EfficientNetLite0FPN(num_classes=5, pretrained=False)
+        return informative(model), torch.randn(2, 3, 96, 96, generator=generator(1))
     kw = {"img_size": 96} if name.startswith("deit") else {}
     return informative(timm.create_model(name, num_classes=10, **kw)), torch.randn(2, 3, 96, 96, generator=generator(1))
 

@@ -1,0 +1,199 @@
+"""Inputs that break lesser tools."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from cpd_fast.compact import compact
+from cpd_fast.pipeline import comb
+from cpd_fast.prune import attach_masks, masked
+from cpd_fast.schedule import random_plan
+from tests.nets import FusedAttention, Residual, informative, relative_error
+
+
+def prove(model, inputs, keep=0.5, tolerance=1e-9):
+    """masked equals compacted for a random plan; returns the compacted model."""
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    graph = comb(model, inputs)
+    plan = random_plan(graph, keep=keep, generator=torch.Generator().manual_seed(0))
+    small = compact(model, graph, plan)
+    with torch.no_grad(), masked(model, graph, plan) as m:
+        assert relative_error(m(*args, **kwargs), small(*args, **kwargs)) < tolerance
+    return graph, plan, small
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    features: list[torch.Tensor]
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(3, 8), nn.Linear(5, 8), nn.Linear(8, 2)
+        self.embed = nn.Embedding(7, 8)
+
+    def forward(self, x, *, y, index):
+        h = F.relu_(self.a(x)) + self.b(y)
+        h += self.embed(index)
+        return Output(self.out(h), [h.detach().sum(-1)])
+
+
+def test_keyword_inputs_integer_inputs_and_dataclass_outputs():
+    model = informative(TwoInputs()).double()
+    inputs = {"x": torch.randn(4, 3).double(), "y": torch.randn(4, 5).double(), "index": torch.arange(4)}
+    graph = comb(model, inputs)
+    plan = random_plan(graph, keep=0.5)
+    small = compact(model, graph, plan)
+    with torch.no_grad(), masked(model, graph, plan) as m:
+        seen, got = m(**inputs), small(**inputs)
+    assert relative_error(seen.logits, got.logits) < 1e-12
+    assert small.embed.weight.shape == (7, 4) and small.embed.embedding_dim == 4
+
+
+class DropPath(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.block, self.out = nn.Conv2d(8, 8, 1), nn.Linear(8, 2)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.conv(x)))
+        y = self.block(x)
+        if self.training:
+            y = y * x.new_empty(len(x), 1, 1, 1).bernoulli_(0.8) / 0.8
+        return self.out(self.drop((x + y).mean((2, 3))))
+
+
+def test_a_model_in_train_mode_with_dropout_and_drop_path_stays_in_it():
+    model = informative(DropPath()).train()
+    graph = comb(model, torch.randn(2, 3, 8, 8))
+    small = compact(model, graph, random_plan(graph, keep=0.5))
+    assert model.training and small.training
+    model.eval()
+    prove(model.double(), (torch.randn(2, 3, 8, 8).double(),))
+
+
+def test_frozen_parameters_stay_frozen_and_hooks_go_along():
+    model = informative(Residual()).double()
+    model.conv1.weight.requires_grad_(False)
+    seen = []
+    model.conv2.register_forward_hook(lambda m, a, o: seen.append(tuple(o.shape)))
+    _, _, small = prove(model, (torch.randn(2, 3, 6, 6).double(),))
+    assert not small.conv1.weight.requires_grad and small.conv2.weight.requires_grad
+    assert len(seen) == 2 and seen[1][1] == 3
+
+
+def test_weight_norm_keeps_the_axis_that_its_norm_runs_over():
+    conv = parametrizations.weight_norm(nn.Conv2d(4, 8, 3))
+    model = informative(nn.Sequential(nn.Conv2d(3, 4, 1), conv, nn.ReLU(), nn.Conv2d(8, 2, 1))).double()
+    graph, _, small = prove(model, (torch.randn(1, 3, 8, 8).double(),))
+    assert small[1].parametrizations.weight.original1.shape == (4, 4, 3, 3)
+    (group,) = graph.prunable_groups
+    assert "1.parametrizations.weight.original0" in {s.param for s in group.slices}
+    assert "weight_norm runs over this axis" in graph.explain("0.weight")
+
+
+def test_old_style_weight_norm_with_a_computed_attribute_can_be_copied():
+    with pytest.warns(FutureWarning):
+        conv = nn.utils.weight_norm(nn.Conv2d(3, 8, 3))
+    model = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(8, 2, 1))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model(torch.randn(1, 3, 8, 8))  # its weight now carries a graph, which deepcopy refuses
+    comb(model, torch.randn(1, 3, 8, 8))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Gqa(nn.Module):
+    """Grouped-query attention: 4 query heads share 2 key and value heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 16), nn.Linear(6, 8), nn.Linear(6, 8)
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q = self.q(x).view(n, t, 4, -1).transpose(1, 2)
+        k = self.k(x).view(n, t, 2, -1).transpose(1, 2).repeat_interleave(2, 1)
+        v = self.v(x).view(n, t, 2, -1).transpose(1, 2).repeat_interleave(2, 1)
+        attention = (q @ k.transpose(-2, -1) * 0.5).softmax(-1)
+        return self.out((attention @ v).transpose(1, 2).flatten(2))
+
+
+def test_grouped_query_attention_is_exact():
+    prove(informative(Gqa()).double(), (torch.randn(2, 5, 6).double(),))
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.filter = nn.Parameter(torch.randn(6, 4, 2))
+
+    def forward(self, x):
+        f = torch.fft.rfft2(self.conv(x))
+        return self.out(torch.fft.irfft2(f * torch.view_as_complex(self.filter), s=x.shape[-2:]))
+
+
+def test_complex_tensors_are_exact_or_refused_by_name():
+    from cpd_fast.errors import UnsupportedOpError
+
+    model = informative(Complex()).double()
+    with pytest.raises(UnsupportedOpError, match="no channel rule for operator aten"):
+        comb(model, torch.randn(1, 3, 6, 6).double())
+    graph = comb(model, torch.randn(1, 3, 6, 6).double(), on_unknown="freeze")
+    assert not graph.prunable_groups
+
+
+def test_half_precision_and_autocast():
+    model = informative(FusedAttention()).bfloat16()
+    graph = comb(model, torch.randn(2, 5, 3).bfloat16())
+    small = compact(model, graph, random_plan(graph, keep=0.5))
+    assert small(torch.randn(2, 5, 3).bfloat16()).dtype == torch.bfloat16
+    model, x = informative(FusedAttention()), torch.randn(2, 5, 3)
+    graph = comb(model, x)
+    plan = random_plan(graph, keep=0.5, generator=torch.Generator().manual_seed(0))
+    small = compact(model, graph, plan)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), masked(model, graph, plan) as m:
+        assert relative_error(m(x).float(), small(x).float()) < 0.05
+
+
+def test_checkpointing_and_the_masked_model_compose():
+    model, x = informative(Residual()).double(), torch.randn(2, 3, 6, 6).double()
+    graph = comb(model, x)
+    plan = random_plan(graph, keep=0.5, generator=torch.Generator().manual_seed(0))
+    with masked(model, graph, plan) as m:
+        from torch.utils.checkpoint import checkpoint
+
+        checkpoint(m, x, use_reentrant=False).square().sum().backward()
+        first = {n: p.grad.clone() for n, p in model.named_parameters()}
+        model.zero_grad()
+        m(x).square().sum().backward()
+    assert all(torch.equal(p.grad, first[n]) for n, p in model.named_parameters())
+
+
+def test_a_copy_of_a_masked_model_is_masked_by_itself():
+    model, x = informative(Residual()), torch.randn(2, 3, 6, 6)
+    graph = comb(model, x)
+    handle = attach_masks(model, graph, random_plan(graph, keep=0.5))
+    twin = copy.deepcopy(model)
+    out = model(x)
+    handle.remove()
+    assert torch.equal(twin(x), out) and not torch.equal(model(x), out)
+
+
+def test_compiled_and_exported_results():
+    model, x = informative(FusedAttention()), torch.randn(2, 5, 3)
+    _, _, small = prove(model.double(), (x.double(),))
+    compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
+    assert relative_error(compiled(x.double()), small(x.double())) < 1e-12
+    exported = torch.export.export(small, (x.double(),)).module()
+    assert relative_error(exported(x.double()), small(x.double())) < 1e-12
