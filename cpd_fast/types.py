@@ -93,12 +93,16 @@ class CoupledGroup:
 
 @dataclass(frozen=True, eq=False)
 class TensorMap:
-    """How one parameter or buffer depends on channels: see the module's text on channel maps."""
+    """How one parameter or buffer depends on channels: see the module's text on channel maps.
+
+    ``masked`` is False where another factor of the same product carries the mask (the direction of a weight_norm).
+    """
 
     name: str
     shape: tuple[int, ...]
     maps: tuple[np.ndarray, ...]
     is_parameter: bool = True
+    masked: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,7 +100,10 @@ def comb(
         return tuple(maps)
 
     parameters = {n for n, _ in model.named_parameters()}
-    tensors = {n: TensorMap(n, shapes[n], to_maps(p.labels for p in planes[n]), n in parameters) for n in order}
+    tensors = {
+        n: TensorMap(n, shapes[n], to_maps(p.labels for p in planes[n]), n in parameters, n not in eval_trace.unmasked)
+        for n in order
+    }
     mapped = {n for n, t in tensors.items() if t.maps and t.is_parameter}
     terms = tuple(
         CostTerm(t.kind, t.module, *_fold(t.coefficient, t.planes, resolved.channel)) for t in eval_trace.terms

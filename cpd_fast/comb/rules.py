@@ -630,6 +630,7 @@ def weight_norm(t: Tracer, call: Call) -> Any:
     """g * v / norm(v) with the norm over all dims but one: that one keeps its channels."""
     v, g, dim = call.args[0], call.args[1], call.arg(2, "dim", 0) % call.args[0].dim()
     t.freeze_dims(v, {d for d in range(v.dim()) if d != dim}, "weight_norm runs over this axis")
+    t.unmasked.add(t.state(v).source or "")  # g masks the product; rows of zeros have no direction
     state = meet(t.store, [t.state(v), t.state(g)], [tuple(v.shape), tuple(g.shape)], tuple(v.shape), t.heads)
     return [state, t.state(g)]
 

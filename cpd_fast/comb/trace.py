@@ -130,6 +130,7 @@ class Tracer(TorchDispatchMode):
         self.sized = [0]  # calls with sizes so far, in the forward of each module of the stack
         self.terms: list[Term] = []
         self.steps: list[Step] = []
+        self.unmasked: set[str] = set()  # parameters that a mask must leave alone
         self.transparent: frozenset[str] = frozenset()  # modules that a replay looks through
         self.sites: list[Site] = []
         self.attention: list[AttentionSite] = []

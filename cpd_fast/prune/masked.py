@@ -252,7 +252,7 @@ def _places(model: nn.Module, graph: ChannelGraph) -> dict[str, list[tuple[dict[
         names.setdefault(first, []).append(alias)
     places: dict[str, list[tuple[dict[str, Any], str]]] = {}
     for name, tensor in graph.tensors.items():
-        if not tensor.is_parameter and name not in consumed:
+        if not tensor.masked or (not tensor.is_parameter and name not in consumed):
             continue
         for alias in names[name]:
             path, _, key = alias.rpartition(".")
