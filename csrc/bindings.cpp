@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -46,6 +47,21 @@ void scale_rows(int dtype, uintptr_t grad, uintptr_t dstudent, int64_t outer, in
   cpd::scale_rows({cpd::Dtype(dtype), in(grad), out(dstudent), outer, reduce, inner, num_threads});
 }
 
+void resized_kl(int dtype, uintptr_t student, uintptr_t teacher, uintptr_t weight, uintptr_t grad, uintptr_t loss,
+                uintptr_t dstudent, int64_t n, int64_t c, int64_t student_h, int64_t student_w, int64_t teacher_h,
+                int64_t teacher_w, bool over_classes, bool align_corners, double inv_temperature, double loss_scale,
+                double grad_scale, int num_threads) {
+  check("resized_kl", dtype, n, c, std::min({student_h, student_w, teacher_h, teacher_w}), num_threads);
+  if ((student_h < teacher_h && student_w > teacher_w) || (student_h > teacher_h && student_w < teacher_w)) {
+    throw std::invalid_argument("resized_kl: one map must be at least as high and as wide as the other");
+  }
+  if (n == 0) return;
+  if (!student || !teacher) throw std::invalid_argument("resized_kl: student and teacher must not be null");
+  cpd::resized_kl({cpd::Dtype(dtype), in(student), in(teacher), in(weight), in(grad), out(loss), out(dstudent), n, c,
+                   student_h, student_w, teacher_h, teacher_w, over_classes, align_corners, inv_temperature, loss_scale,
+                   grad_scale, num_threads});
+}
+
 #ifdef CPD_WITH_CUDA
 void channel_kl_cuda(int dtype, uintptr_t student, uintptr_t teacher, uintptr_t grad, uintptr_t loss,
                      uintptr_t dstudent, int64_t outer, int64_t reduce, int64_t inner, double inv_temperature,
@@ -83,6 +99,7 @@ PYBIND11_MODULE(_native, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("channel_kl", &channel_kl, no_gil);
   m.def("scale_rows", &scale_rows, no_gil);
+  m.def("resized_kl", &resized_kl, no_gil);
 #ifdef CPD_WITH_CUDA
   m.def("channel_kl_cuda", &channel_kl_cuda, no_gil);
   m.def("scale_rows_cuda", &scale_rows_cuda, no_gil);

@@ -22,7 +22,31 @@ struct ChannelKl {
   int num_threads;
 };
 
-// dstudent[o, :, i] *= grad[o, i], in place; places where grad is 1 are not touched.
+// The same loss with weights for pixels and with maps of two sizes, the smaller read through bilinear interpolation.
+// Tensors are contiguous (n, c, h, w), each of its own h, w; one is at least as high and as wide as the other, and
+// pixels are its pixels. weight is (n, h, w), of the statistics' type, all >= 0; a pixel of weight 0 is not looked at.
+//   pixels:  softmax over pixels, weight multiplies the exponentials; loss and grad (n, c)
+//   classes: softmax over classes, weight multiplies the loss; loss and grad (n, h, w)
+struct ResizedKl {
+  Dtype dtype;
+  const void* student;
+  const void* teacher;
+  const void* weight;  // null: all ones
+  const void* grad;    // null: all ones
+  void* loss;          // null: not wanted
+  void* dstudent;      // null: not wanted; of the student's own size
+  int64_t n, c;
+  int64_t student_h, student_w, teacher_h, teacher_w;
+  bool over_classes;
+  bool align_corners;
+  double inv_temperature;
+  double loss_scale;
+  double grad_scale;
+  int num_threads;
+};
+
+// dstudent[o, :, i] *= grad[o, i], in place; places where grad is 1 are not touched, where it is 0 they become 0
+// whatever they were.
 struct ScaleRows {
   Dtype dtype;
   const void* grad;
@@ -33,6 +57,7 @@ struct ScaleRows {
 
 void channel_kl(const ChannelKl& args);
 void scale_rows(const ScaleRows& args);
+void resized_kl(const ResizedKl& args);
 
 // The same on a GPU: pointers are the device's, stream is a cudaStream_t; num_threads is not used.
 void channel_kl_cuda(const ChannelKl& args, void* stream);

@@ -8,7 +8,7 @@
 #include "channel_kl.h"
 
 // Each op names its bodies once here; a new op adds one line to each of the two lists.
-#define CPD_FOR_EACH_OP(X) X(channel_kl, ChannelKl) X(scale_rows, ScaleRows)
+#define CPD_FOR_EACH_OP(X) X(channel_kl, ChannelKl) X(scale_rows, ScaleRows) X(resized_kl, ResizedKl)
 
 namespace cpd {
 

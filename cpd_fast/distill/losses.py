@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cpd_fast.errors import ShapeError
@@ -37,6 +39,8 @@ class ChannelWiseKL(nn.Module):
     Args:
         tau: Temperature, > 0. Logits: 1 (mmrazor, weight 5 to 10) or 4 (TorchDistiller, weight 3).
         loss_weight: Factor on the loss. Logits want 3 to 10, features 35 to 50.
+        resize: Let student and teacher differ in H and W; the smaller is read through bilinear interpolation.
+        align_corners: Of the interpolation.
 
     Raises:
         ValueError: If ``tau`` is not positive.
@@ -50,17 +54,26 @@ class ChannelWiseKL(nn.Module):
         0.0
     """
 
-    def __init__(self, tau: float = 1.0, loss_weight: float = 1.0) -> None:
+    def __init__(
+        self, tau: float = 1.0, loss_weight: float = 1.0, *, resize: bool = False, align_corners: bool = False
+    ) -> None:
         super().__init__()
         _check_positive(type(self).__name__, "tau", tau)
         self.tau = tau
         self.loss_weight = loss_weight
+        self.resize = resize
+        self.align_corners = align_corners
 
-    def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
-        """Compare student and teacher activations of shape ``(N, C, H, W)``; the result is a scalar."""
+    def forward(self, preds_S: Tensor, preds_T: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Compare student and teacher activations of shape ``(N, C, H, W)``; the result is a scalar.
+
+        ``weight`` is one value a pixel, ``(N, H, W)``: see :func:`cpd_fast.ops.channel_kl`.
+        """
         # The weight goes in as a scale, so that the kernel's gradient is final and backward is free.
         num_maps = preds_S.shape[:2].numel()
-        return channel_kl(preds_S, preds_T, self.tau, scale=self.loss_weight / max(num_maps, 1)).sum()
+        scale = self.loss_weight / max(num_maps, 1)
+        options: dict[str, Any] = {"weight": weight, "resize": self.resize, "align_corners": self.align_corners}
+        return channel_kl(preds_S, preds_T, self.tau, scale=scale, **options).sum()
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(module)``."""
@@ -84,6 +97,8 @@ class LogitKL(nn.Module):
     Args:
         temperature: T, > 0.
         loss_weight: Factor on the loss.
+        resize: Let student and teacher differ in H and W; the smaller is read through bilinear interpolation.
+        align_corners: Of the interpolation.
 
     Raises:
         ValueError: If ``temperature`` is not positive.
@@ -96,16 +111,29 @@ class LogitKL(nn.Module):
         0.0
     """
 
-    def __init__(self, temperature: float = 4.0, loss_weight: float = 1.0) -> None:
+    def __init__(
+        self, temperature: float = 4.0, loss_weight: float = 1.0, *, resize: bool = False, align_corners: bool = False
+    ) -> None:
         super().__init__()
         _check_positive(type(self).__name__, "temperature", temperature)
         self.temperature = temperature
         self.loss_weight = loss_weight
+        self.resize = resize
+        self.align_corners = align_corners
 
-    def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
-        """Compare student and teacher logits; the result is a scalar."""
-        num_distributions = preds_S.shape[:1].numel() * preds_S.shape[2:].numel()
-        return class_kl(preds_S, preds_T, self.temperature, scale=self.loss_weight / max(num_distributions, 1)).sum()
+    def forward(self, preds_S: Tensor, preds_T: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Compare student and teacher logits; the result is a scalar.
+
+        ``weight`` is one value a pixel, ``(N, H, W)`` (``(N,)`` for ``(N, K)``): the mean is then a weighted mean, as
+        in ``torch.nn.functional.cross_entropy``, and a pixel of weight 0 is ignored.
+        """
+        options: dict[str, Any] = {"weight": weight, "resize": self.resize, "align_corners": self.align_corners}
+        if weight is not None:
+            total = class_kl(preds_S, preds_T, self.temperature, scale=self.loss_weight, **options).sum()
+            return total / weight.to(total.dtype).sum().clamp(min=torch.finfo(total.dtype).tiny)
+        pixels = (max(a, b) for a, b in zip(preds_S.shape[2:], preds_T.shape[2:], strict=False))
+        scale = self.loss_weight / max(preds_S.shape[:1].numel() * math.prod(pixels), 1)
+        return class_kl(preds_S, preds_T, self.temperature, scale=scale, **options).sum()
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(module)``."""

@@ -214,6 +214,38 @@ def softmax_kl(
     return loss, dstudent
 
 
+def resized_kl(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    temperature: float,
+    scale: float,
+    over: str,
+    align_corners: bool,
+    *,
+    grad: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Run the CPU kernel for pixel weights and maps of two sizes: the loss, or the gradient if ``grad`` is given."""
+    student, teacher = (x.detach().contiguous() for x in (student, teacher))
+    n, c = student.shape[:2]
+    spaces = [x.shape[2:] if x.dim() == 4 else (1, math.prod(x.shape[2:])) for x in (student, teacher)]
+    accumulate = torch.float64 if student.dtype == torch.float64 else torch.float32
+    pixels = [max(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    loss = torch.empty((n, c) if over == "space" else (n, *pixels), dtype=accumulate) if grad is None else None
+    dstudent = torch.empty_like(student) if grad is not None else None
+    weight, grad = (None if x is None else x.to(accumulate).contiguous() for x in (weight, grad))
+    native: Any = _native()
+    native.resized_kl(
+        DTYPE_CODES[student.dtype],
+        *(0 if x is None else x.data_ptr() for x in (student, teacher, weight, grad, loss, dstudent)),
+        *(n, c, *spaces[0], *spaces[1]),
+        *(over == "classes", align_corners),
+        *(1.0 / temperature, scale * temperature**2, scale * temperature),
+        torch.get_num_threads(),
+    )
+    return loss, dstudent
+
+
 def scale_rows(backend: str, over: str, dstudent: Tensor, grad: Tensor) -> Tensor:
     """Multiply a gradient made ahead of time by the incoming one, in place; free where that is 1."""
     if dstudent.numel() == 0:

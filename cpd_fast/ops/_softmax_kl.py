@@ -14,9 +14,10 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cpd_fast.errors import ShapeError
+from cpd_fast.errors import BackendError, ShapeError
 from cpd_fast.ops import _dispatch
 
 LIBRARY = torch.library.Library("cpd_fast", "FRAGMENT")
@@ -69,10 +70,86 @@ def reference_backward(
     return dstudent.to(student.dtype).reshape(student.shape)
 
 
+def reference_resized(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    temperature: float,
+    scale: float,
+    over: str,
+    align_corners: bool,
+) -> Tensor:
+    """The loss with weights for pixels, between maps of two sizes: the smaller is upsampled, in fp32 or better."""
+    accumulate = torch.float64 if student.dtype == torch.float64 else torch.float32
+    size = larger_size(student, teacher)
+    s, t = (
+        x
+        if x.shape[2:] == size
+        else F.interpolate(x.to(accumulate), size=size, mode="bilinear", align_corners=align_corners)
+        for x in (student, teacher.detach())
+    )
+    if weight is None:
+        return reference(s, t, temperature, scale, over)
+    looked_at = weight.unsqueeze(1) != 0
+    if over == "classes":
+        # Pixels that are not looked at keep their NaN to themselves, in the gradient as well.
+        s, t = (x.masked_fill(~looked_at, 0.0) for x in (s, t))
+        return weight.to(accumulate) * reference(s, t, temperature, scale, over)
+    # softmax(x / T + log w) = w exp(x / T) / sum, and log w leaves the ratio of the two softmaxes.
+    shift = temperature * weight.to(accumulate).log().unsqueeze(1)
+    s, t = (torch.where(looked_at, x.to(accumulate) + shift, -math.inf) for x in (s, t))
+    return reference(s, t, temperature, scale, over)
+
+
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def check(op: str, student: Tensor, teacher: Tensor, temperature: float) -> None:
+def larger_size(student: Tensor, teacher: Tensor) -> torch.Size:
+    """Height and width that both are compared at."""
+    return torch.Size(max(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
+
+
+def _check_resize(op: str, student: Tensor, teacher: Tensor) -> None:
+    """Check that one of two maps can be read as if it were of the other's size.
+
+    Raises:
+        ShapeError: If not.
+    """
+    shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+    if student.dim() != 4 or teacher.dim() != 4:
+        raise ShapeError(f"{op}: resize needs maps (N, C, H, W), got {shapes}")
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ShapeError(
+            f"{op}: resize changes H and W only; N and C must be the same, got {shapes}; align channels (1x1 "
+            "convolution)"
+        )
+    if larger_size(student, teacher) not in (student.shape[2:], teacher.shape[2:]):
+        raise ShapeError(
+            f"{op}: resize reads the smaller map at the larger's size, but neither of {shapes} is the larger in both "
+            "height and width"
+        )
+
+
+def _check_weight(op: str, weight: Tensor, student: Tensor, teacher: Tensor, resize: bool) -> Tensor:
+    """The weight as a tensor (N, H, W) without gradient.
+
+    Raises:
+        ShapeError: If its shape or device does not fit.
+    """
+    size = larger_size(student, teacher) if resize else student.shape[2:]
+    expected = student.shape[:1] + size
+    if weight.dim() == len(expected) + 1 and weight.shape[1] == 1:
+        weight = weight.squeeze(1)
+    if weight.shape != expected:
+        raise ShapeError(
+            f"{op}: weight must have one value a pixel, shape {tuple(expected)}, got {tuple(weight.shape)}"
+        )
+    if weight.device != student.device:
+        raise ShapeError(f"{op}: weight must be on the student's device {student.device}, got {weight.device}")
+    return weight.detach()
+
+
+def check(op: str, student: Tensor, teacher: Tensor, temperature: float, resize: bool = False) -> None:
     """Check what kernels trust.
 
     Raises:
@@ -84,10 +161,12 @@ def check(op: str, student: Tensor, teacher: Tensor, temperature: float) -> None
             f"{op}: expected floating-point activations, got {student.dtype} (student) and {teacher.dtype} (teacher); "
             "pass logits or features, not labels"
         )
-    if student.shape != teacher.shape:
+    if resize:
+        _check_resize(op, student, teacher)
+    elif student.shape != teacher.shape:
         raise ShapeError(
             f"{op}: student and teacher must have the same shape, got {tuple(student.shape)} and "
-            f"{tuple(teacher.shape)}; align channels (1x1 convolution) and resize before calling"
+            f"{tuple(teacher.shape)}; align channels (1x1 convolution) and pass resize=True if H and W differ"
         )
     if student.device != teacher.device:
         raise ShapeError(
@@ -144,12 +223,82 @@ class FusedKl(torch.autograd.Function):
         return dstudent, None, None, None, None, None
 
 
+class FusedResizedKl(torch.autograd.Function):
+    """The CPU kernel for weights and for maps of two sizes; the gradient is made in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        weight: Tensor | None,
+        temperature: float,
+        scale: float,
+        over: str,
+        align_corners: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(student, teacher, weight)
+        ctx.call = (temperature, scale, over, align_corners)
+        loss, _ = _dispatch.resized_kl(student, teacher, weight, *ctx.call)
+        assert loss is not None
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        student, teacher, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the result must be differentiable
+            loss = reference_resized(student, teacher, weight, *ctx.call)
+            (dstudent,) = torch.autograd.grad(loss, student, grad, create_graph=True)
+        else:
+            _, dstudent = _dispatch.resized_kl(student, teacher, weight, *ctx.call, grad=grad)
+        return dstudent, None, None, None, None, None, None
+
+
+def _call_resized(
+    op: str,
+    over: str,
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    scale: float,
+    weight: Tensor | None,
+    align_corners: bool,
+    backend: str | None,
+) -> Tensor:
+    """Weights inside a softmax over pixels, or two sizes: the CPU kernel, else the reference."""
+    if backend in ("cuda", "triton"):
+        raise BackendError(f"{op}: backend {backend!r} has no body for weight and resize; choose cpu or reference")
+    watched = backend is None and _dispatch.is_watched(student, teacher)
+    if watched or not student.shape[0] or _dispatch.choose(op, student, backend) != "cpu":
+        return reference_resized(student, teacher, weight, temperature, scale, over, align_corners)
+    return FusedResizedKl.apply(student, teacher, weight, temperature, scale, over, align_corners)
+
+
 def call(
-    op: str, over: str, student: Tensor, teacher: Tensor, temperature: float, scale: float, backend: str | None
+    op: str,
+    over: str,
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    scale: float,
+    backend: str | None,
+    weight: Tensor | None = None,
+    resize: bool = False,
+    align_corners: bool = False,
 ) -> Tensor:
     """Check, promote, then run: the registered op where somebody looks on, else the fast path or the reference."""
-    check(op, student, teacher, temperature)
+    check(op, student, teacher, temperature, resize)
     student, teacher = promote(student, teacher)
+    if weight is not None:
+        weight = _check_weight(op, weight, student, teacher, resize)
+    if student.shape != teacher.shape or (weight is not None and over == "space"):
+        return _call_resized(op, over, student, teacher, temperature, scale, weight, align_corners, backend)
+    if weight is not None:
+        watched = _dispatch.is_watched(student, teacher)
+        if not watched and _dispatch.choose(op, student, backend) == "reference":
+            return reference_resized(student, teacher, weight, temperature, scale, over, align_corners)
+        loss = call(op, over, student, teacher, temperature, scale, backend)
+        return torch.where(weight == 0, 0.0, weight.to(loss.dtype) * loss)
     if backend is None and _dispatch.is_watched(student, teacher):
         return getattr(torch.ops.cpd_fast, op)(student, teacher, temperature, scale)
     chosen = _dispatch.choose(op, student, backend)

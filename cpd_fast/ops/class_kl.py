@@ -9,7 +9,15 @@ from cpd_fast.ops import _softmax_kl
 
 
 def class_kl(
-    student: Tensor, teacher: Tensor, temperature: float = 4.0, *, scale: float = 1.0, backend: str | None = None
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 4.0,
+    *,
+    scale: float = 1.0,
+    weight: Tensor | None = None,
+    resize: bool = False,
+    align_corners: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     r"""KL divergence of class distributions, of each sample ``(N, K)`` or each pixel ``(N, K, H, W)``.
 
@@ -18,9 +26,15 @@ def class_kl(
 
     Args:
         student: Student logits, shape ``(N, K)`` or ``(N, K, ...)``, any float dtype.
-        teacher: Teacher logits, same shape and device; receives no gradient.
+        teacher: Teacher logits, same shape (but for ``resize``) and device; receives no gradient.
         temperature: T > 0, dimensionless. Larger gives the improbable classes more weight.
         scale: Factor on the loss, folded into the kernel (see :func:`channel_kl`).
+        weight: One value >= 0 a pixel, shape ``(N, H, W)`` of the larger map, float or bool (False: ignore this pixel);
+            receives no gradient. It multiplies the pixel's
+            loss.
+        resize: Allow student and teacher of different H and W. The smaller is read through bilinear interpolation, so
+            that it never exists at the larger size (on the CPU; elsewhere it is upsampled first).
+        align_corners: Of the interpolation, as in ``torch.nn.functional.interpolate``.
         backend: ``None`` (the first that can run), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
@@ -42,7 +56,18 @@ def class_kl(
         raise ShapeError(f"class_kl: expected logits (N, K) or (N, K, H, W), got shape {tuple(student.shape)}")
     if student.shape[1] == 0:
         raise ShapeError(f"class_kl: expected at least one class, got shape {tuple(student.shape)}")
-    return _softmax_kl.call("class_kl", "classes", student, teacher, float(temperature), float(scale), backend)
+    return _softmax_kl.call(
+        "class_kl",
+        "classes",
+        student,
+        teacher,
+        float(temperature),
+        float(scale),
+        backend,
+        weight,
+        resize,
+        align_corners,
+    )
 
 
 _softmax_kl.register("class_kl", over="classes")

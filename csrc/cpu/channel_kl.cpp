@@ -14,67 +14,17 @@
 #include <vector>
 
 #include "cpu/columns.h"
+#include "cpu/row_sums.h"
 #include "cpu/simd.h"
 
 namespace cpd {
 namespace CPD_ISA {
 namespace {
 
-template <class T>
-using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 constexpr int64_t kChunk = 1024;  // s, t, es, et of a chunk: 16 KiB, half of the smallest L1
 constexpr int64_t kTileFloats =
     64 * 1024;  // lanes: elements of one tensor in a tile; two such tiles fill 512 KiB of L2
 constexpr int64_t kMaxLanes = 1024, kMinLanes = 64, kLaneRun = 128, kAhead = 2;
-
-template <class A>
-constexpr A kNegInf = -std::numeric_limits<A>::infinity();
-
-template <class A>
-inline A finite_base(A max) {
-  return max == kNegInf<A> ? A(0) : max;
-}
-
-// The running sums of one row; ms, mt are the maxima they are relative to.
-template <class A>
-struct Sums {
-  A ms = kNegInf<A>, mt = kNegInf<A>;
-  double zs = 0, zt = 0, a = 0;
-
-  void raise(A new_ms, A new_mt, double c) {
-    if (new_ms > ms) {
-      if (ms != kNegInf<A>) {
-        const double shift = (double(new_ms) - double(ms)) * c;
-        zs *= std::exp(-shift);
-        a += zt * shift;
-      }
-      ms = new_ms;
-    }
-    if (new_mt > mt) {
-      if (mt != kNegInf<A>) {
-        const double shift = (double(new_mt) - double(mt)) * c, f = std::exp(-shift);
-        a = f == 0 ? 0 : f * (a - zt * shift);
-        zt *= f;
-      }
-      mt = new_mt;
-    }
-  }
-  bool is_empty() const { return (ms == kNegInf<A> || mt == kNegInf<A>) && zs == zs && zt == zt; }
-  double kl() const { return is_empty() ? 0.0 : a / zt + std::log(zs / zt); }
-};
-
-template <class A>
-inline void raise_max(const A* s, const A* t, int64_t n, A* ms_out, A* mt_out) {
-  A ms = *ms_out, mt = *mt_out;
-#pragma omp simd reduction(max : ms, mt)
-  for (int64_t i = 0; i < n; ++i) {
-    ms = s[i] > ms ? s[i] : ms;
-    mt = t[i] > mt ? t[i] : mt;
-  }
-  *ms_out = ms;
-  *mt_out = mt;
-}
 
 template <bool kKeep, class A>
 inline void add_chunk(const A* s, const A* t, int64_t n, A c, Sums<A>* sums, A* es, A* et) {
@@ -447,7 +397,7 @@ void scale(const ScaleRows& args) {
     T* d = ds + k * inner;
     if (inner == 1 && *g == A(1)) continue;
 #pragma omp simd
-    for (int64_t i = 0; i < inner; ++i) d[i] = T(d[i] * g[i]);
+    for (int64_t i = 0; i < inner; ++i) d[i] = g[i] == A(0) ? T(0) : T(d[i] * g[i]);
   }
 }
 

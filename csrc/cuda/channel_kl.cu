@@ -288,7 +288,7 @@ __global__ void scale_kernel(const T* grad, T* dstudent, int64_t outer, int64_t 
   for (int64_t row = blockIdx.x; row < outer * reduce; row += gridDim.x) {
     const T* g = grad + row / reduce * inner;
     for (int64_t i = threadIdx.x; i < inner; i += blockDim.x) {
-      if (g[i] != T(1)) dstudent[row * inner + i] *= g[i];
+      if (g[i] != T(1)) dstudent[row * inner + i] = g[i] == T(0) ? T(0) : dstudent[row * inner + i] * g[i];
     }
   }
 }
@@ -298,7 +298,9 @@ __global__ void scale_row_kernel(const T* grad, T* dstudent, int64_t rows, int64
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const T g = grad[row];
     if (g == T(1)) continue;
-    for (int64_t j = threadIdx.x; j < reduce; j += blockDim.x) dstudent[row * reduce + j] *= g;
+    for (int64_t j = threadIdx.x; j < reduce; j += blockDim.x) {
+      dstudent[row * reduce + j] = g == T(0) ? T(0) : dstudent[row * reduce + j] * g;
+    }
   }
 }
 
