@@ -715,6 +715,14 @@ def pool(t: Tracer, call: Call) -> Any:
     return [state, state] if isinstance(call.out, (tuple, list)) else state
 
 
+@register_rule("function.lstm", "function.gru", "function.rnn_tanh", "function.rnn_relu")
+def recurrent(t: Tracer, call: Call) -> Any:
+    """Recurrent layers keep a list of their weights beside the parameters: they stay whole."""
+    for x in _tensors(call):
+        t.freeze_all(x, "runs through a recurrent layer")
+    return [State() for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+
+
 @register_rule("unknown")
 def unknown(t: Tracer, call: Call) -> Any:
     """An operator without a rule, when the user asked to leave such ones whole."""

@@ -438,16 +438,22 @@ class _FunctionWatcher(TorchFunctionMode):
                 if out is None:
                     out = func(*args, **kwargs)
             done = Call(name, tuple(args), kwargs, out)
-            tracer.finish(done, [out], [RULES[f"function.{name}"](tracer, done)])
+            outs = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
+            result = RULES[f"function.{name}"](tracer, done)
+            tracer.finish(done, outs, result if isinstance(result, list) else [result] * len(outs))
             return out
         finally:
             tracer.function = outer
 
 
-def _shape_only(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _shape_only(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The output of a common call where its shape is plain: PyTorch's own meta kernels of these are slow."""
     if not args or not isinstance(args[0], Tensor) or args[0].device.type != "meta":
         return None
+    if name == "lstm" and len(args) == 9 and isinstance(args[1], (tuple, list)):
+        hidden, bidirectional = args[1], args[7]
+        width = hidden[0].shape[-1] * (2 if bidirectional else 1)
+        return (args[0].new_empty(*args[0].shape[:-1], width), *(torch.empty_like(h) for h in hidden))
     x, tensors = args[0], [t for t in tree_leaves((args[1:], kwargs)) if isinstance(t, Tensor)]
     if any(t.dtype != x.dtype for t in tensors):
         return None

@@ -132,6 +132,23 @@ def test_grouped_query_attention_is_exact():
     prove(informative(Gqa()).double(), (torch.randn(2, 5, 6).double(),))
 
 
+def test_recurrent_layers_stay_whole():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.rnn, self.out = nn.Linear(3, 6), nn.LSTM(6, 4, batch_first=True), nn.Linear(4, 2)
+            self.wide = nn.Linear(4, 8)
+            self.back = nn.Linear(8, 4)
+
+        def forward(self, x):
+            y, _ = self.rnn(self.stem(x))
+            return self.out(y + self.back(self.wide(y).relu()))
+
+    graph, _, _ = prove(informative(Net()).double(), (torch.randn(2, 5, 3).double(),))
+    assert [g.name for g in graph.prunable_groups] == ["wide"]
+    assert "recurrent layer" in graph["stem"].reason
+
+
 class Complex(nn.Module):
     def __init__(self):
         super().__init__()
