@@ -53,4 +53,4 @@ def _resized_class(base: type[nn.Module]) -> type[nn.Module]:
 def resize_calls(module: nn.Module, fixes: dict[int, SizeFix]) -> None:
     """Make a module give these sizes; it keeps its class as a base, its parameters and its state dict."""
     module.__class__ = _resized_class(type(module))
-    module.resized_calls = fixes
+    module.__dict__["resized_calls"] = fixes
