@@ -52,5 +52,6 @@ def _resized_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def resize_calls(module: nn.Module, fixes: dict[int, SizeFix]) -> None:
     """Make a module give these sizes; it keeps its class as a base, its parameters and its state dict."""
-    module.__class__ = _resized_class(type(module))
+    base: Any = type(module)
+    module.__class__ = _resized_class(base)
     module.__dict__["resized_calls"] = fixes
