@@ -1,4 +1,4 @@
-"""Who imports whom: every file's imports are read and held against the table of docs/design.md."""
+"""Who imports whom: every file's imports are read and held against the table below."""
 
 from __future__ import annotations
 
