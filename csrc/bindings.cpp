@@ -64,13 +64,13 @@ void resized_kl(int dtype, uintptr_t student, uintptr_t teacher, uintptr_t weigh
 
 #ifdef CPD_WITH_CUDA
 void channel_kl_cuda(int dtype, uintptr_t student, uintptr_t teacher, uintptr_t grad, uintptr_t loss,
-                     uintptr_t dstudent, int64_t outer, int64_t reduce, int64_t inner, double inv_temperature,
-                     double loss_scale, double grad_scale, uintptr_t stream) {
+                     uintptr_t dstudent, uintptr_t scratch, int64_t outer, int64_t reduce, int64_t inner,
+                     double inv_temperature, double loss_scale, double grad_scale, uintptr_t stream) {
   check("channel_kl_cuda", dtype, outer, reduce, inner, 1);
   if (outer == 0) return;
   if (!student || !teacher) throw std::invalid_argument("channel_kl_cuda: student and teacher must not be null");
   cpd::channel_kl_cuda({cpd::Dtype(dtype), in(student), in(teacher), in(grad), out(loss), out(dstudent), outer, reduce,
-                        inner, inv_temperature, loss_scale, grad_scale, 1},
+                        inner, inv_temperature, loss_scale, grad_scale, 1, out(scratch)},
                        out(stream));
 }
 
@@ -102,6 +102,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("resized_kl", &resized_kl, no_gil);
 #ifdef CPD_WITH_CUDA
   m.def("channel_kl_cuda", &channel_kl_cuda, no_gil);
+  m.def("channel_kl_cuda_scratch", [](int dtype, int64_t outer, int64_t reduce, int64_t inner) {
+    return cpd::channel_kl_cuda_scratch(cpd::Dtype(dtype), outer, reduce, inner);
+  });
   m.def("scale_rows_cuda", &scale_rows_cuda, no_gil);
 #endif
 }

@@ -20,6 +20,7 @@ struct ChannelKl {
   double loss_scale;
   double grad_scale;
   int num_threads;
+  void* scratch = nullptr;  // CUDA: channel_kl_cuda_scratch() bytes
 };
 
 // The same loss with weights for pixels and with maps of two sizes, the smaller read through bilinear interpolation.
@@ -60,6 +61,7 @@ void scale_rows(const ScaleRows& args);
 void resized_kl(const ResizedKl& args);
 
 // The same on a GPU: pointers are the device's, stream is a cudaStream_t; num_threads is not used.
+int64_t channel_kl_cuda_scratch(Dtype dtype, int64_t outer, int64_t reduce, int64_t inner);
 void channel_kl_cuda(const ChannelKl& args, void* stream);
 void scale_rows_cuda(const ScaleRows& args, void* stream);
 

@@ -210,7 +210,8 @@ def softmax_kl(
         native.channel_kl(code, *pointers, *sizes, *numbers, torch.get_num_threads())
     else:
         with _on(student):
-            native.channel_kl_cuda(code, *pointers, *sizes, *numbers, _stream(student))
+            scratch = student.new_empty(native.channel_kl_cuda_scratch(code, *sizes), dtype=torch.uint8)
+            native.channel_kl_cuda(code, *pointers, scratch.data_ptr(), *sizes, *numbers, _stream(student))
     return loss, dstudent
 
 

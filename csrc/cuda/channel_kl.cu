@@ -1,9 +1,9 @@
 // KL between two softmaxes along one dim, and its gradient; formulas and meanings as in csrc/cpu/channel_kl.cpp.
 //
 // Three bodies. A row that fits a block's registers (reduce <= 16384) is read once: 3 units of traffic with its
-// gradient. Longer rows are swept twice: 5 units. Columns (inner > 1) run one to a thread, so that neighbours load
-// neighbours. All sums have a fixed order: the same bits from run to run. Exponentials are taken to base 2, T folded
-// into the factor.
+// gradient. Longer rows are shared by several blocks and swept twice: 5 units. Columns (inner > 1) run one to a thread,
+// so that neighbours load neighbours. All sums have a fixed order: the same bits from run to run. Exponentials are
+// taken to base 2, T folded into the factor.
 #include <algorithm>
 #include <type_traits>
 
@@ -19,6 +19,7 @@ using compute_t = std::conditional_t<std::is_same<T, double>::value, double, flo
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr int kElementsPerThread = 16;  // 2 x 16 fp32 values: 64 registers, no spills on sm_75 with 1024 threads
 constexpr int kColumnLanes = 32;
+constexpr int kChunkThreads = 512, kChunkElements = 16384;  // of a row that several blocks share
 
 template <class A>
 __device__ inline A neg_inf() {
@@ -213,29 +214,90 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- longer rows: two sweeps ----
+// ---- longer rows: several blocks a row, two sweeps ----
 
+// Packs of both tensors at `first`, scalar where rows are not aligned; -inf past the end.
+template <class T, class A>
+__device__ inline void load_pack(const T* s_row, const T* t_row, int64_t first, int64_t end, bool aligned, A* s, A* t) {
+  constexpr int kPack = 16 / sizeof(T);
+  if (aligned) {
+    const Pack<T> sp = *reinterpret_cast<const Pack<T>*>(s_row + first);
+    const Pack<T> tp = *reinterpret_cast<const Pack<T>*>(t_row + first);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) {
+      s[j] = to_compute(sp.v[j]);
+      t[j] = to_compute(tp.v[j]);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) {
+      s[j] = first + j < end ? to_compute(s_row[first + j]) : neg_inf<A>();
+      t[j] = first + j < end ? to_compute(t_row[first + j]) : neg_inf<A>();
+    }
+  }
+}
+
+// Sweep 1: block (row, chunk) leaves the sums of its chunk.
 template <class T>
-__global__ void __launch_bounds__(1024)
-    long_row_kernel(const T* student, const T* teacher, const compute_t<T>* grad, compute_t<T>* loss, T* dstudent,
-                    int64_t rows, int64_t reduce, Numbers numbers) {
+__global__ void __launch_bounds__(kChunkThreads)
+    chunk_kernel(const T* student, const T* teacher, Stats<compute_t<T>>* partials, int64_t rows, int64_t reduce,
+                 int64_t chunks, bool aligned, Numbers numbers) {
   using A = compute_t<T>;
+  constexpr int kPack = 16 / sizeof(T);
   SHARED(Stats<A>, room, 32);
   const A c = A(numbers.log2e_over_t);
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const T* s = student + row * reduce;
-    const T* t = teacher + row * reduce;
+  for (int64_t block = blockIdx.x; block < rows * chunks; block += gridDim.x) {
+    const int64_t row = block / chunks, begin = block % chunks * kChunkElements;
+    const int64_t end = begin + kChunkElements < reduce ? begin + kChunkElements : reduce;
     Stats<A> x = no_stats<A>();
-    for (int64_t j = threadIdx.x; j < reduce; j += blockDim.x) add(x, to_compute(s[j]), to_compute(t[j]), c);
+    for (int64_t i = begin + int64_t(threadIdx.x) * kPack; i < end; i += int64_t(blockDim.x) * kPack) {
+      A s[kPack], t[kPack];
+      load_pack(student + row * reduce, teacher + row * reduce, i, end, aligned, s, t);
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) add(x, s[j], t[j], c);
+    }
     x = merge_block(x, c, room);
-    if (loss && threadIdx.x == 0) loss[row] = A(numbers.loss_scale * kl_of(x));
+    if (threadIdx.x == 0) partials[block] = x;
+  }
+}
+
+// Sweep 2: every block merges its row's partial sums, in the same order, and writes its chunk of the gradient.
+template <class T>
+__global__ void __launch_bounds__(kChunkThreads)
+    finish_kernel(const T* student, const T* teacher, const Stats<compute_t<T>>* partials, const compute_t<T>* grad,
+                  compute_t<T>* loss, T* dstudent, int64_t rows, int64_t reduce, int64_t chunks, bool aligned,
+                  Numbers numbers) {
+  using A = compute_t<T>;
+  constexpr int kPack = 16 / sizeof(T);
+  SHARED(Stats<A>, room, 32);
+  const A c = A(numbers.log2e_over_t);
+  for (int64_t block = blockIdx.x; block < rows * chunks; block += gridDim.x) {
+    const int64_t row = block / chunks, begin = block % chunks * kChunkElements;
+    const int64_t end = begin + kChunkElements < reduce ? begin + kChunkElements : reduce;
+    Stats<A> x = no_stats<A>();
+    for (int64_t k = threadIdx.x; k < chunks; k += blockDim.x) x = merge(x, partials[row * chunks + k], c);
+    x = merge_block(x, c, room);
+    if (loss && begin == 0 && threadIdx.x == 0) loss[row] = A(numbers.loss_scale * kl_of(x));
     if (dstudent == nullptr) continue;
     const Factors<A> f = gradient_factors(x, grad, row, numbers);
-    T* d = dstudent + row * reduce;
-    for (int64_t j = threadIdx.x; j < reduce; j += blockDim.x) {
-      const A es = exp2_of(difference(to_compute(s[j]), x.ms) * c),
-              et = exp2_of(difference(to_compute(t[j]), x.mt) * c);
-      d[j] = from_compute<T>(es * f.student - et * f.teacher);
+    T* d_row = dstudent + row * reduce;
+    for (int64_t i = begin + int64_t(threadIdx.x) * kPack; i < end; i += int64_t(blockDim.x) * kPack) {
+      A s[kPack], t[kPack];
+      load_pack(student + row * reduce, teacher + row * reduce, i, end, aligned, s, t);
+      Pack<T> d;
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) {
+        const A es = exp2_of(difference(s[j], x.ms) * c), et = exp2_of(difference(t[j], x.mt) * c);
+        d.v[j] = from_compute<T>(es * f.student - et * f.teacher);
+      }
+      if (aligned) {
+        *reinterpret_cast<Pack<T>*>(d_row + i) = d;
+      } else {
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) {
+          if (i + j < end) d_row[i + j] = d.v[j];
+        }
+      }
     }
   }
 }
@@ -327,20 +389,25 @@ void run(const ChannelKl& args, void* stream) {
     return launch(column_kernel<T>, dim3(blocks_for(args.outer * tiles)), block, stream, student, teacher, grad, loss,
                   dstudent, args.outer, args.reduce, args.inner, numbers);
   }
-  const dim3 grid(blocks_for(args.outer));
+  const bool aligned = is_packed(student) && is_packed(teacher) && is_packed(dstudent) &&
+                       args.reduce * sizeof(T) % 16 == 0;  // a null dstudent is aligned
   if constexpr (!std::is_same<T, double>::value) {
-    const bool aligned = is_packed(student) && is_packed(teacher) && is_packed(dstudent) &&
-                         args.reduce * sizeof(T) % 16 == 0;  // a null dstudent is aligned
     const auto in_registers = [&](auto kernel, int threads) {
-      launch(kernel, grid, dim3(threads), stream, student, teacher, grad, loss, dstudent, args.outer, int(args.reduce),
-             aligned, numbers);
+      launch(kernel, dim3(blocks_for(args.outer)), dim3(threads), stream, student, teacher, grad, loss, dstudent,
+             args.outer, int(args.reduce), aligned, numbers);
     };
     if (args.reduce <= 128 * kElementsPerThread) return in_registers(row_kernel<T, 128>, 128);
     if (args.reduce <= 512 * kElementsPerThread) return in_registers(row_kernel<T, 512>, 512);
     if (args.reduce <= 1024 * kElementsPerThread) return in_registers(row_kernel<T, 1024>, 1024);
   }
-  launch(long_row_kernel<T>, grid, dim3(1024), stream, student, teacher, grad, loss, dstudent, args.outer, args.reduce,
+  if (args.scratch == nullptr) throw std::invalid_argument("channel_kl_cuda: long rows need scratch");
+  const int64_t chunks = (args.reduce + kChunkElements - 1) / kChunkElements;
+  auto* partials = static_cast<Stats<A>*>(args.scratch);
+  const dim3 grid(blocks_for(args.outer * chunks)), block(kChunkThreads);
+  launch(chunk_kernel<T>, grid, block, stream, student, teacher, partials, args.outer, args.reduce, chunks, aligned,
          numbers);
+  launch(finish_kernel<T>, grid, block, stream, student, teacher, partials, grad, loss, dstudent, args.outer,
+         args.reduce, chunks, aligned, numbers);
 }
 
 template <class T>
@@ -356,6 +423,13 @@ void scale(const ScaleRows& args, void* stream) {
 }
 
 }  // namespace
+
+int64_t channel_kl_cuda_scratch(Dtype dtype, int64_t outer, int64_t reduce, int64_t inner) {
+  const bool is_double = dtype == Dtype::kF64;
+  if (inner > 1 || (!is_double && reduce <= 1024 * kElementsPerThread)) return 0;
+  const int64_t chunks = (reduce + kChunkElements - 1) / kChunkElements;
+  return outer * chunks * int64_t(is_double ? sizeof(Stats<double>) : sizeof(Stats<float>));
+}
 
 void channel_kl_cuda(const ChannelKl& args, void* stream) {
   switch (args.dtype) {

@@ -80,9 +80,29 @@ def test_bodies_match_float64_in_every_thread_order(model, sizes, dtype, order):
     check(model, sizes, dtype)
 
 
-def test_rows_too_long_for_registers(model):
-    model.set_order(ORDERS["random"], 6)
-    check(model, (1, 16400, 1), torch.float32)
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "order"),
+    [
+        ((1, 16385, 1), torch.float32, "random"),  # scalar loads, a chunk of one element
+        ((2, 32768 + 8, 1), torch.float16, "reverse"),  # whole packs
+        ((1, 33001, 1), torch.bfloat16, "forward"),
+        ((1, 16386, 1), torch.float64, "forward"),
+    ],
+    ids=str,
+)
+def test_rows_that_several_blocks_share(model, sizes, dtype, order):
+    model.set_order(ORDERS[order], 6)
+    check(model, sizes, dtype)
+
+
+def test_shared_rows_have_the_same_bits_in_every_order(model):
+    student, teacher = (torch.randn(2, 20000) * 2 for _ in range(2))
+    results = []
+    for number in ORDERS.values():
+        model.set_order(number, 7)
+        results.append(run(model, student, teacher, (2, 20000, 1), 3.0))
+    for loss, dstudent in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(dstudent, results[0][1])
 
 
 def test_misaligned_rows(model):
@@ -130,6 +150,46 @@ def test_scaling_by_the_incoming_gradient(model, sizes):
     expected = dstudent * grad.unsqueeze(1)
     assert model.scale_rows(0, address(grad), address(dstudent), *map(ctypes.c_int64, sizes)) is None
     torch.testing.assert_close(dstudent, expected)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> Path:
+    """The same bodies and model with AddressSanitizer and UndefinedBehaviorSanitizer, as a program."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    target = tmp_path_factory.mktemp("sanitized") / "bodies"
+    here = ROOT / "tests" / "host_model"
+    sources = [here / name for name in ("host_model.cpp", "channel_kl_host.cpp", "sanitized_main.cpp")]
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+    command = [compiler, "-std=c++17", *flags, "-I", ROOT / "csrc", "-I", here, "-o", target, *sources]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "cannot find" in done.stderr:
+        pytest.skip("needs the sanitizers' libraries")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return target
+
+
+def run_sanitized(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # Leaks are not looked for: that needs ptrace.
+    environment = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=0"}
+    return subprocess.run(
+        [program, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=200
+    )
+
+
+def test_bodies_are_clean_under_sanitizers(sanitized):
+    done = run_sanitized(sanitized)
+    assert (done.returncode, done.stdout.strip()) == (0, "clean"), done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("fault", "report"),
+    [("3", "heap-buffer-overflow"), ("4", "signed integer overflow"), ("scratch", "heap-buffer-overflow")],
+)
+def test_sanitizers_see_planted_faults(sanitized, fault, report):
+    done = run_sanitized(sanitized, fault)
+    assert done.returncode != 0 and report in done.stderr, done.stderr[-2000:]
 
 
 def test_the_model_sees_planted_faults(model):
