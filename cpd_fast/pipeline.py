@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from cpd_fast.comb import comb as trace_groups
-from cpd_fast.comb.trace import unwrap
+from cpd_fast.comb.meta import unwrap
 from cpd_fast.compact import rehearse
 from cpd_fast.errors import CompactError
 from cpd_fast.schedule import plan_cost
@@ -53,8 +53,8 @@ def comb(
         >>> import torch, cpd_fast as cpd
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
         >>> graph = cpd.comb(net, torch.zeros(1, 3, 8, 8))
-        >>> [(g.name, g.n_channels, g.prunable) for g in graph.groups]
-        [('0', 8, True), ('2', 4, False)]
+        >>> [(g.name, g.n_channels) for g in graph.prunable_groups]
+        [('0', 8)]
     """
     graph = trace_groups(model, example_inputs, ignore, on_unknown, granularity)
     failed: set[str] = set()

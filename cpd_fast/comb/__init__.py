@@ -11,18 +11,12 @@ import numpy as np
 from torch import nn
 
 import cpd_fast.comb.rules  # noqa: F401  (fills the rule table)
+from cpd_fast.comb.calls import register_rule
 from cpd_fast.comb.labels import LabelStore
+from cpd_fast.comb.meta import clone_to_meta, example_args, tensor_names, unwrap
 from cpd_fast.comb.planes import Plane, State, freeze_dims
 from cpd_fast.comb.resolve import fingerprint, resolve
-from cpd_fast.comb.trace import (
-    Tracer,
-    clone_to_meta,
-    example_args,
-    register_rule,
-    run_trace,
-    tensor_names,
-    unwrap,
-)
+from cpd_fast.comb.trace import Tracer, run_trace
 from cpd_fast.errors import CpdError, PlanError, TraceError
 from cpd_fast.types import ChannelGraph, CostTerm, NormSite, ScaleSite, TensorMap, TraceStep
 
@@ -36,37 +30,16 @@ def comb(
     on_unknown: str = "error",
     granularity: str = "dim",
 ) -> ChannelGraph:
-    """Find the coupled channel groups of a model.
+    """Find the coupled channel groups of a model, as far as a trace alone shows them.
 
     The model is run once in eval and once in train mode on a copy without weights (meta device), and channels are
-    followed through every operator. The model itself is not touched.
-
-    Args:
-        model: Any ``nn.Module``; wrappers of DDP and ``torch.compile`` are looked through.
-        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments for one forward.
-        ignore: Modules, or names and ``fnmatch`` patterns of modules and parameters, whose own tensors keep their
-            shapes.
-        on_unknown: What an operator without a channel rule means: ``"error"``, or ``"freeze"`` to keep every channel
-            that reaches it.
-        granularity: What a channel of an attention is: ``"dim"``, one dim of each head (every head keeps equally
-            many), or ``"head"``, a whole head.
-
-    Returns:
-        The graph: groups, reasons for what is frozen, and what is needed to mask, compact and count costs.
+    followed through every operator. ``cpd_fast.comb`` does this and then rehearses a compaction; it explains the
+    arguments.
 
     Raises:
         UnsupportedOpError: An operator has no rule and ``on_unknown="error"``.
         TraceError: The forward fails on the example inputs, or its path depends on data.
         ValueError: ``on_unknown`` or ``granularity`` is none of the choices.
-
-    Source: the coupling of CPD (arXiv:2408.03046, section III-B), generalised to single indices.
-
-    Example:
-        >>> import torch
-        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
-        >>> graph = comb(net, torch.zeros(1, 3, 8, 8))
-        >>> [(g.name, g.n_channels, g.prunable) for g in graph.groups]
-        [('0', 8, True), ('2', 4, False)]
     """
     for value, choices, what in (
         (on_unknown, ("error", "freeze"), "on_unknown"),

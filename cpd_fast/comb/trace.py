@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -19,96 +18,24 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from cpd_fast.comb.calls import (
+    RULES,
+    SCALING,
+    VIEWS,
+    AttentionSite,
+    Call,
+    Rule,
+    Site,
+    Step,
+    Term,
+    constants,
+    out_of_place_tags,
+)
 from cpd_fast.comb.labels import LabelStore
 from cpd_fast.comb.planes import Plane, State, collapse, constant_state, freeze_dims, meet, orbit
 from cpd_fast.comb.sizes import SIZED_CALLS, sizes_of
 from cpd_fast.errors import CpdError, TraceError, UnsupportedOpError
 from cpd_fast.types import NORMALISING
-
-
-@dataclass(frozen=True)
-class Term:
-    """A cost: ``coefficient`` times the joint box of ``planes`` (label arrays of one rank)."""
-
-    kind: str
-    module: str
-    coefficient: int
-    planes: tuple[np.ndarray, ...]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One computing call of a trace: what it was, and the shape and label arrays of its first output.
-
-    ``constants`` are its numbers that must not change; ``scaled`` the state of the first argument, where a constant
-    scales it.
-    """
-
-    op: str
-    module: str
-    shape: tuple[int, ...]
-    planes: tuple[np.ndarray, ...]
-    constants: tuple[float, ...]
-    scaled: State | None
-
-
-@dataclass(frozen=True)
-class Site:
-    """A call that normalises over a channel axis; ``labels`` broadcast to its input."""
-
-    module: str
-    op: str
-    call: int
-    labels: np.ndarray
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """An attention call that takes 1/sqrt(head_dim) as its scale."""
-
-    module: str
-    q: State
-
-
-@dataclass(frozen=True)
-class Call:
-    """One ATen call as a rule sees it."""
-
-    op: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    out: Any
-
-    def arg(self, i: int, name: str, default: Any = None) -> Any:
-        """Positional argument ``i``, or keyword ``name``."""
-        return self.args[i] if i < len(self.args) else self.kwargs.get(name, default)
-
-
-Rule = Callable[["Tracer", Call], Any]
-RULES: dict[str, Rule] = {}
-
-
-def register_rule(*ops: str) -> Callable[[Rule], Rule]:
-    """Say how channels run through an operator.
-
-    The rule gets the tracer and the call and returns the :class:`State` of the output (a list of them for several
-    outputs). It unites labels through ``tracer.meet``, freezes through ``tracer.freeze_dims``.
-
-    Args:
-        ops: Names of ATen or custom operators without overload, such as ``"aten.relu"`` or ``"mylib.my_op"``.
-
-    Example:
-        >>> from cpd_fast.comb import register_rule
-        >>> @register_rule("mylib.swish_gate")          # y = x * sigmoid(gate), shapes (N, C, H, W) and (N, C, 1, 1)
-        ... def swish_gate(tracer, call):
-        ...     return tracer.meet(call.args[0], call.args[1], out=call.out)
-    """
-
-    def add(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(ops, rule))
-        return rule
-
-    return add
 
 
 class Tracer(TorchDispatchMode):
@@ -315,7 +242,7 @@ class Tracer(TorchDispatchMode):
         if not outs:
             return
         rule = RULES.get(op) or RULES.get(op.rstrip("_"))
-        if rule is None and (torch.Tag.pointwise in func.tags or torch.Tag.pointwise in _out_of_place_tags(func)):
+        if rule is None and (torch.Tag.pointwise in func.tags or torch.Tag.pointwise in out_of_place_tags(func)):
             rule = RULES["pointwise"]
         if rule is None:
             rule = self._unknown(op)
@@ -358,47 +285,6 @@ class Tracer(TorchDispatchMode):
             )
         self.unknown.append(f"{op} ({self.where()})")
         return RULES["unknown"]
-
-
-SCALING = {"aten.mul", "aten.div", "scaled_dot_product_attention"}
-# calls whose integers are sizes, which may shrink
-SIZED = {
-    *(f"aten.{n}" for n in "convolution native_layer_norm repeat tile zeros ones full empty arange rand randn".split()),
-    *(f"aten.{n}" for n in "new_zeros new_ones new_full new_empty linspace eye native_channel_shuffle".split()),
-    *(
-        "linear",
-        "matmul",
-        "__matmul__",
-        "layer_norm",
-        "rms_norm",
-        "aten.empty_strided",
-        "aten.new_empty_strided",
-        "aten.split",
-    ),
-}
-
-
-def constants(call: Call) -> tuple[float, ...]:
-    """The numbers of a call that must be the same in a compacted model: floats, and integers that are no sizes."""
-    numbers = [v for v in tree_leaves((call.args, call.kwargs)) if isinstance(v, (int, float)) and v is not True]
-    numbers = [v for v in numbers if v is not False]
-    if call.op == "aten.native_group_norm":
-        return tuple(numbers[-2:])  # groups, eps
-    return tuple(v for v in numbers if isinstance(v, float) or call.op not in SIZED)
-
-
-# calls that only change how a tensor is stored; whether they happen at all may depend on strides
-VIEWS = {f"aten.{n}" for n in "detach alias lift_fresh _unsafe_view clone _to_copy copy_ as_strided_ empty".split()}
-
-
-def _out_of_place_tags(func: Any) -> list[Any]:
-    """Tags of ``relu`` for ``relu_``: in-place variants often lack them."""
-    ns, name = func._schema.name.split("::")
-    packet = getattr(getattr(torch.ops, ns), name.rstrip("_"), None)
-    if packet is None or not name.endswith("_"):
-        return []
-    overload = getattr(packet, func._overloadname, None) or getattr(packet, "default", None)
-    return list(overload.tags) if overload is not None else []
 
 
 class _FunctionWatcher(TorchFunctionMode):
@@ -467,55 +353,6 @@ def _shape_only(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return None
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy without weights and without hooks; the model itself is not touched, sharing of tensors is kept.
-
-    ``memo`` may hold replacements of tensors by id.
-    """
-    memo = {} if memo is None else memo
-    for m in model.modules():
-        for p in m._parameters.values():
-            if p is not None and id(p) not in memo:
-                memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.is_floating_point())
-        for t in [*m._buffers.values(), *vars(m).values()]:
-            if isinstance(t, Tensor) and id(t) not in memo:
-                memo[id(t)] = torch.empty_like(t, device="meta", requires_grad=False)
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    kept = [(m, h, getattr(m, h)) for m in model.modules() for h in hooks if getattr(m, h)]
-    try:
-        for m, h, _ in kept:
-            setattr(m, h, type(getattr(m, h))())
-        clone = copy.deepcopy(model, memo)
-    finally:
-        for m, h, value in kept:
-            setattr(m, h, value)
-    return clone
-
-
-def tensor_names(model: nn.Module) -> tuple[dict[int, str], dict[str, str]]:
-    """id -> first name of every parameter and buffer, and every name -> first name of the same tensor."""
-    names: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    everything = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    for name, t in everything:
-        aliases[name] = names.setdefault(id(t), name)
-    return names, aliases
-
-
 @contextmanager
 def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Keep ``tracer.stack`` at the module whose forward runs."""
@@ -546,23 +383,6 @@ def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
     finally:
         for h in handles:
             h.remove()
-
-
-def example_args(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, tuple or list, or dict of keyword arguments -> args and kwargs on the meta device.
-
-    Raises:
-        TraceError: If it is none of these.
-    """
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    if not isinstance(example_inputs, (tuple, list, dict)):
-        raise TraceError(
-            f"example_inputs: expected a tensor, a tuple of arguments or a dict of keyword arguments, "
-            f"got {type(example_inputs).__name__}"
-        )
-    moved = tree_map_only(Tensor, lambda t: t.detach().to("meta"), example_inputs)
-    return ((), dict(moved)) if isinstance(moved, dict) else (tuple(moved), {})
 
 
 def run_trace(clone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer) -> list[Tensor]:

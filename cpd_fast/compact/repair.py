@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cpd_fast.comb.calls import Call, constants
 from cpd_fast.comb.labels import LabelCheck, agree
+from cpd_fast.comb.meta import clone_to_meta, tensor_names
 from cpd_fast.comb.planes import Plane, State
 from cpd_fast.comb.sizes import SizeFix, fit, with_sizes
-from cpd_fast.comb.trace import Call, Tracer, clone_to_meta, constants, run_trace, tensor_names
+from cpd_fast.comb.trace import Tracer, run_trace
 from cpd_fast.compact.shrink import box_shape
 from cpd_fast.compact.views import resize_calls
 from cpd_fast.errors import CompactError

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpd_fast.comb import comb, register_rule
-from cpd_fast.comb.trace import RULES
+from cpd_fast.comb.calls import RULES
 from cpd_fast.errors import PlanError, TraceError, UnsupportedOpError
 from tests.nets import NETS, FusedAttention, Residual
 

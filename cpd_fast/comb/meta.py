@@ -1,0 +1,78 @@
+"""Models and inputs without weights: what a trace runs on."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from cpd_fast.errors import TraceError
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy without weights and without hooks; the model itself is not touched, sharing of tensors is kept.
+
+    ``memo`` may hold replacements of tensors by id.
+    """
+    memo = {} if memo is None else memo
+    for m in model.modules():
+        for p in m._parameters.values():
+            if p is not None and id(p) not in memo:
+                memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.is_floating_point())
+        for t in [*m._buffers.values(), *vars(m).values()]:
+            if isinstance(t, Tensor) and id(t) not in memo:
+                memo[id(t)] = torch.empty_like(t, device="meta", requires_grad=False)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    kept = [(m, h, getattr(m, h)) for m in model.modules() for h in hooks if getattr(m, h)]
+    try:
+        for m, h, _ in kept:
+            setattr(m, h, type(getattr(m, h))())
+        clone = copy.deepcopy(model, memo)
+    finally:
+        for m, h, value in kept:
+            setattr(m, h, value)
+    return clone
+
+
+def tensor_names(model: nn.Module) -> tuple[dict[int, str], dict[str, str]]:
+    """id -> first name of every parameter and buffer, and every name -> first name of the same tensor."""
+    names: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    everything = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, t in everything:
+        aliases[name] = names.setdefault(id(t), name)
+    return names, aliases
+
+
+def example_args(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, tuple or list, or dict of keyword arguments -> args and kwargs on the meta device.
+
+    Raises:
+        TraceError: If it is none of these.
+    """
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, (tuple, list, dict)):
+        raise TraceError(
+            f"example_inputs: expected a tensor, a tuple of arguments or a dict of keyword arguments, "
+            f"got {type(example_inputs).__name__}"
+        )
+    moved = tree_map_only(Tensor, lambda t: t.detach().to("meta"), example_inputs)
+    return ((), dict(moved)) if isinstance(moved, dict) else (tuple(moved), {})

@@ -1,0 +1,73 @@
+"""Elementwise calls, copies, and tensors that the forward makes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from cpd_fast.comb.calls import Call, register_rule
+from cpd_fast.comb.planes import State, constant_state
+from cpd_fast.comb.rules.common import tensors_of
+from cpd_fast.comb.trace import Tracer
+
+
+@register_rule(
+    "pointwise",
+    *(
+        f"aten.{n}"
+        for n in "where clamp lerp masked_fill bernoulli fill hardswish hardsigmoid silu mish softplus".split()
+    ),
+    *(f"aten.{n}" for n in "celu selu elu leaky_relu hardtanh relu6 threshold logit rrelu prelu dropout".split()),
+)
+def pointwise(t: Tracer, call: Call) -> Any:
+    """Index by index; an in-place result replaces what was known of its first argument."""
+    tensors = tensors_of(call)
+    outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+    if not tensors:
+        return [constant_state(o.dim()) for o in outs]
+    target = tensors[0]
+    if call.op.endswith("_") and t.state(target).constant and target._is_view():
+        for other in tensors[1:]:
+            t.freeze_all(other, "written in place into a part of another tensor")
+    state = t.meet(*tensors, out=outs[0])
+    if call.op.rstrip("_") == "aten.add" and len(tensors) == 2 and (bias := t.state(tensors[1]).source):
+        return replace(state, scaled_by=(*before, bias) if (before := t.state(target).scaled_by) else ())
+    scalar = call.op.rstrip("_") in ("aten.mul", "aten.div", "aten.neg") and len(tensors) == 1
+    return replace(state, scaled_by=t.state(target).scaled_by) if scalar else state
+
+
+@register_rule("aten.native_dropout")
+def native_dropout(t: Tracer, call: Call) -> Any:
+    """Keeps the axes; the mask has the same ones."""
+    return [t.state(call.args[0]), t.state(call.args[0])]
+
+
+@register_rule(
+    "aten.clone", "aten.detach", "aten.alias", "aten.lift_fresh", "aten.contiguous", "aten._to_copy", "aten.to"
+)
+def same(t: Tracer, call: Call) -> State:
+    """The same values."""
+    return replace(t.state(call.args[0]), identity=None)
+
+
+@register_rule("aten.copy")
+def copy_(t: Tracer, call: Call) -> State:
+    """dst.copy_(src)."""
+    dst, src = call.args[0], call.args[1]
+    if dst._is_view() and t.state(src).planes:
+        return t.meet(dst, src, out=dst) if t.state(dst).planes else t.freeze_all(src, "written in place")
+    return replace(t.state(src) if src.shape == dst.shape else t.meet(dst, src, out=dst), source=None)
+
+
+@register_rule(
+    *(f"aten.{n}" for n in "zeros ones full empty arange rand randn eye scalar_tensor randperm linspace".split()),
+    *(f"aten.{n}_like" for n in "zeros ones full empty rand randn".split()),
+    *(f"aten.new_{n}" for n in "zeros ones full empty empty_strided".split()),
+    *(f"aten.{n}" for n in "empty_strided uniform normal zero".split()),
+)
+def created(t: Tracer, call: Call) -> State:
+    """Made by the forward: meets anything."""
+    return constant_state(call.out.dim())

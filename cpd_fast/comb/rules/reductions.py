@@ -1,0 +1,167 @@
+"""Normalisation, reductions and pooling; recurrent layers; calls without a rule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from cpd_fast.comb.calls import Call, register_rule
+from cpd_fast.comb.planes import Plane, State, meet, reshape
+from cpd_fast.comb.rules.common import POOLS, norm_dims, sources_of, tensors_of
+from cpd_fast.comb.rules.elementwise import pointwise
+from cpd_fast.comb.trace import Tracer
+
+
+@register_rule(
+    *(f"aten.{n}" for n in ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")),
+    *(f"aten.{n}" for n in ("cudnn_batch_norm", "_batch_norm_with_update")),
+)
+def native_batch_norm(t: Tracer, call: Call) -> Any:
+    """(x, weight, bias, running mean, running variance, training, ...)."""
+    training = call.op != "aten._native_batch_norm_legit_no_training" and call.args[5] is True
+    state = _batch_norm(t, call.args[0], call.args[1:3], call.args[3:5], training)
+    return [state, *(State() for o in tree_leaves(call.out) if isinstance(o, Tensor))][:-1]
+
+
+@register_rule("function.batch_norm")
+def batch_norm(t: Tracer, call: Call) -> State:
+    """F.batch_norm(x, running_mean, running_var, weight, bias, training, ...)."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+    x, mean, var, weight, bias, training = (call.arg(i, n) for i, n in enumerate(names))
+    return _batch_norm(t, x, (weight, bias), (mean, var), bool(training))
+
+
+def _batch_norm(t: Tracer, x: Tensor, affine: Any, running: Any, training: bool) -> State:
+    """x (N, C, ...) with weight, bias and running statistics (C,)."""
+    state = t.state(x)
+    shape = tuple(s if d == 1 else 1 for d, s in enumerate(x.shape))
+    for p in (*affine, *running):
+        if isinstance(p, Tensor):
+            moved = reshape(t.store, t.state(p), tuple(p.shape), shape)
+            state = meet(t.store, [state, moved], [tuple(x.shape), shape], tuple(x.shape), t.heads)
+    t.add_site(x, [p for p in t.state(x).planes if set(p.dims) - {1}] if training else [])
+    return replace(state, scaled_by=sources_of(t, *affine))
+
+
+@register_rule("aten.native_layer_norm", "function.layer_norm", "function.rms_norm")
+def layer_norm(t: Tracer, call: Call) -> Any:
+    """Statistics over the last dims: a mask counts kept channels only."""
+    x, shape = call.arg(0, "input"), call.arg(1, "normalized_shape")
+    normalised = set(range(x.dim() - len(shape), x.dim()))
+    given = (*call.args[2:4], call.kwargs.get("weight"), call.kwargs.get("bias"))
+    affine = [p for p in given if isinstance(p, Tensor)]
+    t.add_site(x, [p for p in t.state(x).planes if normalised.intersection(p.dims)])
+    outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+    state = t.meet(x, *affine, out=outs[0])
+    state = replace(state, scaled_by=sources_of(t, *affine))
+    return [state, *(_drop(t, x, o) for o in outs[1:])] if isinstance(call.out, (tuple, list)) else state
+
+
+@register_rule("aten._weight_norm_interface")
+def weight_norm(t: Tracer, call: Call) -> Any:
+    """g * v / norm(v) with the norm over all dims but one: that one keeps its channels."""
+    v, g, dim = call.args[0], call.args[1], call.arg(2, "dim", 0) % call.args[0].dim()
+    t.freeze_dims(v, {d for d in range(v.dim()) if d != dim}, "weight_norm runs over this axis")
+    t.unmasked.add(t.state(v).source or "")  # g masks the product; rows of zeros have no direction
+    state = meet(t.store, [t.state(v), t.state(g)], [tuple(v.shape), tuple(g.shape)], tuple(v.shape), t.heads)
+    return [state, t.state(g)]
+
+
+def _drop(t: Tracer, x: Tensor, out: Tensor) -> State:
+    """Statistics of x: same rank, the planes that survive."""
+    return State(tuple(p for p in t.state(x).planes if all(out.shape[d] == x.shape[d] for d in p.dims)))
+
+
+@register_rule("aten.native_group_norm", "aten.group_norm")
+def group_norm(t: Tracer, call: Call) -> Any:
+    """Statistics over C / groups channels: groups keep equally many."""
+    x = call.args[0]
+    weight, bias = call.arg(1, "weight"), call.arg(2, "bias")
+    groups = call.arg(6, "group")
+    planes = [p for p in t.state(x).planes if set(p.dims) - {0}]
+    if groups > 1:
+        for p in planes:
+            if p.dims == (1,):
+                t.store.grid(p.labels.reshape(groups, -1))
+            else:
+                t.store.freeze(p.labels, "group_norm runs over a grid of channels")
+    t.add_site(x, planes)
+    state = t.state(x)
+    shape = tuple(s if d == 1 else 1 for d, s in enumerate(x.shape))
+    for p in (weight, bias):
+        if isinstance(p, Tensor):
+            moved = reshape(t.store, t.state(p), tuple(p.shape), shape)
+            state = meet(t.store, [state, moved], [tuple(x.shape), shape], tuple(x.shape), t.heads)
+    return [replace(state, scaled_by=()), State(), State()]
+
+
+@register_rule(
+    *(f"aten.{n}" for n in "sum mean prod amax amin max min var std var_mean std_mean argmax argmin".split()),
+    *(f"aten.{n}" for n in "linalg_vector_norm norm logsumexp any all nansum median".split()),
+)
+def reduce(t: Tracer, call: Call) -> Any:
+    """Over space or tokens the channels stay; over channels the result would change with their number."""
+    x = call.args[0]
+    outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+    position = 2 if call.op in ("aten.linalg_vector_norm", "aten.norm") else 1
+    if call.op in ("aten.max", "aten.min") and len(call.args) > 1 and isinstance(call.args[1], Tensor):
+        return pointwise(t, call)
+    dims = norm_dims(call.arg(position, "dim"), x.dim())
+    state = t.state(x)
+    t.add_site(x, [p for p in state.planes if set(dims).intersection(p.dims)])
+    keep = outs[0].dim() == x.dim()
+    planes = []
+    for p in t.reduce_planes(state.planes, set(dims)):
+        labels = p.labels if keep else p.labels.squeeze(tuple(dims))
+        planes.append(Plane(labels, p.fast if keep else p.fast - sum(d < p.fast for d in dims)))
+    kept = [d for d in range(x.dim()) if d not in dims]
+    constant = frozenset((d if keep else kept.index(d)) for d in state.constant if d in kept)
+    result = State(tuple(planes), constant)
+    return [result] * len(outs) if isinstance(call.out, (tuple, list)) else result
+
+
+@register_rule(
+    *(f"aten.{n}" for n in "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod sort topk".split()),
+)
+def softmax(t: Tracer, call: Call) -> Any:
+    """Along tokens the channels stay; along channels the result would change with their number."""
+    x = call.args[0]
+    default = x.dim() - 1
+    dim = call.arg(2 if "topk" in call.op else 1, "dim", default) % x.dim()
+    state = t.freeze_dims(x, {dim}, f"{call.op.split('.')[1].strip('_')} over this axis")
+    return [state, state] if isinstance(call.out, (tuple, list)) else state
+
+
+@register_rule(
+    *(f"aten.{n}" for n in "max_pool2d_with_indices max_pool2d avg_pool2d avg_pool1d max_pool1d max_pool3d".split()),
+    *(f"aten.{n}" for n in "max_pool3d_with_indices avg_pool3d _adaptive_avg_pool2d adaptive_avg_pool2d".split()),
+    *(f"aten.{n}" for n in "_adaptive_avg_pool3d adaptive_max_pool2d mkldnn_max_pool2d adaptive_avg_pool1d".split()),
+    *(f"aten.upsample_{n}" for n in "nearest2d bilinear2d bicubic2d nearest1d linear1d nearest3d trilinear3d".split()),
+    *(f"aten._upsample_{n}" for n in "bilinear2d_aa bicubic2d_aa nearest_exact2d".split()),
+)
+def pool(t: Tracer, call: Call) -> Any:
+    """Works on each channel by itself."""
+    x = call.args[0]
+    spatial = 3 if "3d" in call.op else 1 if "1d" in call.op else 2
+    state = State(t.only_dim(x, x.dim() - spatial - 1, POOLS, range(x.dim() - spatial, x.dim())).planes)
+    return [state, state] if isinstance(call.out, (tuple, list)) else state
+
+
+@register_rule("function.lstm", "function.gru", "function.rnn_tanh", "function.rnn_relu")
+def recurrent(t: Tracer, call: Call) -> Any:
+    """Recurrent layers keep a list of their weights beside the parameters: they stay whole."""
+    for x in tensors_of(call):
+        t.freeze_all(x, "runs through a recurrent layer")
+    return [State() for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+
+
+@register_rule("unknown")
+def unknown(t: Tracer, call: Call) -> Any:
+    """An operator without a rule, when the user asked to leave such ones whole."""
+    for x in tensors_of(call):
+        t.freeze_all(x, f"reaches {call.op}, which has no channel rule")
+    outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+    return [State()] * len(outs)
