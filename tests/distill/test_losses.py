@@ -127,6 +127,8 @@ def test_messages():
 
 
 def test_register_all_replaces_the_originals(monkeypatch):
+    for package in ("mmengine", "mmseg", "mmrazor"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if none were installed
     assert losses.register_all() == []
     registered = {}
 
@@ -142,3 +144,20 @@ def test_register_all_replaces_the_originals(monkeypatch):
     assert losses.register_all() == ["mmengine"]
     assert registered["ChannelWiseDivergence"] is ChannelWiseDivergence
     assert registered["CriterionCWD"] is CriterionCWD
+
+
+def test_a_config_builds_ours_with_the_real_mmengine():
+    registry = pytest.importorskip("mmengine.registry", reason="needs mmengine (tried with 0.10.7)")
+    before = dict(registry.MODELS.module_dict)
+    try:
+        assert "mmengine" in losses.register_all()
+        loss = registry.MODELS.build({"type": "ChannelWiseDivergence", "tau": 1, "loss_weight": 5})
+        assert type(loss) is ChannelWiseDivergence and loss.loss_weight == 5
+        student, teacher = logits(2, 3, 5, 7)
+        torch.testing.assert_close(loss(student, teacher), mmrazor_value(student, teacher, 1.0, 5.0))
+        cwd = registry.MODELS.build({"type": "CriterionCWD", "norm_type": "channel", "divergence": "kl"})
+        assert type(cwd) is CriterionCWD
+        losses.register_all()  # twice is no error
+    finally:
+        registry.MODELS.module_dict.clear()
+        registry.MODELS.module_dict.update(before)

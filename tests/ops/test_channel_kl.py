@@ -124,6 +124,32 @@ def test_every_instruction_set_agrees(op, shape, dtype, isa):
     assert error <= GRAD_TOLERANCE[dtype] * max(gradient.abs().max().item(), 1e-3)
 
 
+@pytest.mark.parametrize("shift", [0.0, -3e4])
+def test_class_columns_of_extreme_values(shift):
+    """The quick sums of the CPU's columns give way to the exact ones where values leave their range."""
+    student, teacher = (x + shift for x in pair((1, 7, 9, 23), scale=3.0))
+    student[0, 1, 0, 0] = -INF  # infinite loss, finite gradient
+    teacher[0, :3, 1] = -INF  # adds nothing
+    student[0, :, 2], teacher[0, :, 3] = -INF, -INF  # no distribution
+    student[0, 4, 4, 5] = math.nan
+    teacher[0, 2, 5, 6], student[0, 2, 6, 7] = INF, INF
+    student[0, 3, 7], teacher[0, 3, 7] = -3e38, 1e38  # overflow of differences
+    results = []
+    for backend in ("reference", "cpu"):
+        skip_unless_runs("class_kl", student, backend)
+        own = student.clone().requires_grad_()
+        loss = class_kl(own, teacher, 1.0, backend=backend)
+        loss.nan_to_num(0.0, 0.0, 0.0).sum().backward()
+        results.append((loss.detach(), own.grad))
+    (loss, gradient), (ours, our_gradient) = results
+    assert ours[0, 0, 0] == INF and our_gradient[0, :, 0, 0].isfinite().all()
+    assert ours[0, 4, 5].isnan() and ours[0, 5, 6].isnan() and ours[0, 6, 7].isnan()
+    assert ours[0, 2:4].abs().max() == 0 and our_gradient[0, :, 2:4].abs().max() == 0
+    torch.testing.assert_close(ours[:, :7], loss[:, :7], rtol=1e-4, atol=1e-4, equal_nan=True)
+    rest = [0, 1, 2, 3, 8]
+    torch.testing.assert_close(our_gradient[:, :, rest, 1:], gradient[:, :, rest, 1:], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 20.0])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0, 1e4])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -269,20 +295,25 @@ def test_compiles_without_graph_breaks(op, shape):
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_vmap_runs_the_reference():
+def test_vmap_runs_the_reference_and_refuses_kernels():
     student, teacher = pair((4, 2, 3, 5))
     mapped = torch.func.vmap(lambda s, t: channel_kl(s[None], t[None])[0])(student, teacher)
     torch.testing.assert_close(mapped, channel_kl(student, teacher))
+    if not isinstance(_dispatch._native(), str):
+        with pytest.raises(BackendError, match="'cpu' does not run inside torch.func transforms"):
+            torch.func.vmap(lambda s, t: channel_kl(s[None], t[None], backend="cpu")[0])(student, teacher)
 
 
-def test_same_bits_from_run_to_run_and_for_any_number_of_threads():
-    student, teacher = pair((3, 5, 37, 41))
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_same_bits_from_run_to_run_and_for_any_number_of_threads(op, layout):
+    student, teacher = (x.contiguous(memory_format=layout) for x in pair((3, 5, 37, 41)))
     student.requires_grad_()
     results = []
     before = torch.get_num_threads()
     for threads in (1, 1, 2):
         torch.set_num_threads(threads)
-        loss = channel_kl(student, teacher)
+        loss = OPS[op](student, teacher)
         results.append((loss.detach(), torch.autograd.grad(loss.sum(), student)[0]))
     torch.set_num_threads(before)
     for loss, gradient in results[1:]:
@@ -307,10 +338,35 @@ def test_dtypes_that_differ_meet_in_the_wider():
     torch.testing.assert_close(loss, channel_kl(student.half().float(), teacher))
 
 
-def test_autocast_leaves_the_loss_in_fp32():
-    student, teacher = pair((2, 3, 4, 5), torch.bfloat16)
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_leaves_the_loss_in_fp32(op):
+    """The loss of a half-precision output is the fp32 loss of it, and the gradient reaches the layer."""
+    layer = torch.nn.Conv2d(3, 3, 1)
+    x, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert channel_kl(student, teacher).dtype == torch.float32
+        logits = layer(x)
+        assert logits.dtype == torch.bfloat16
+        loss = OPS[op](logits, teacher)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, OPS[op](logits.detach().float(), teacher))
+    loss.sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "shape"), [("channel_kl", (2, 3, 4, 5)), ("class_kl", (2, 5, 3, 2))])
+def test_compiles_with_inductor(op, shape):
+    student, teacher = pair(shape)
+    student.requires_grad_()
+
+    def function(s: Tensor, t: Tensor) -> Tensor:
+        return (OPS[op](s * 2, t, 3.0) * 0.5).sum()
+
+    compiled = torch.compile(function, fullgraph=True)
+    (expected,) = torch.autograd.grad(function(student, teacher), student)
+    (gradient,) = torch.autograd.grad(compiled(student, teacher), student)
+    torch.testing.assert_close(compiled(student, teacher), function(student, teacher))
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_empty_batch():
