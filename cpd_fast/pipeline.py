@@ -11,7 +11,7 @@ from torch import nn
 from cpd_fast.comb import comb as trace_groups
 from cpd_fast.comb.meta import unwrap
 from cpd_fast.compact import rehearse
-from cpd_fast.errors import CompactError
+from cpd_fast.errors import CompactError, TraceError
 from cpd_fast.schedule import plan_cost
 from cpd_fast.types import ChannelGraph, Cost, CoupledGroup, PrunePlan
 
@@ -56,6 +56,8 @@ def comb(
         >>> [(g.name, g.n_channels) for g in graph.prunable_groups]
         [('0', 8)]
     """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"comb: expected a torch.nn.Module, got {type(model).__name__}")
     graph = trace_groups(model, example_inputs, ignore, on_unknown, granularity)
     failed: set[str] = set()
     while graph.prunable_groups:

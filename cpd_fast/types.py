@@ -1,6 +1,6 @@
 """Frozen data that crosses rooms: graph, scores, plan, cost.
 
-Words (docs/design.md): a *channel* is the smallest set of tensor indices that go together; a *coupled group* is a
+A *channel* is the smallest set of tensor indices that go together; a *coupled group* is a
 set of interchangeable channels, i.e. channels that own slices of the same tensors; a *plan* lists the kept channels
 of each group. Inside a :class:`ChannelGraph` every channel has one global id, ``group.offset + index``, and every
 tensor that depends on channels is described by *channel maps*: integer arrays that broadcast to the tensor's shape
@@ -448,7 +448,7 @@ class Target:
         if not given:
             raise PlanError("Target: give at least one of params, macs, memory, latency_ms; e.g. Target(macs=0.5)")
         for name, value in given.items():
-            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise PlanError(
                     f"Target({name}={value!r}): expected a fraction in (0, 1] that remains, "
                     "or an absolute number above 1"

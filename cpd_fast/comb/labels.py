@@ -19,7 +19,7 @@ class LabelStore:
         self._pairs: list[np.ndarray] = []
         self._frozen: list[tuple[np.ndarray, int]] = []
         self._consumed: list[np.ndarray] = []
-        self.grids: dict[bytes, np.ndarray] = {}
+        self.grids: dict[bytes, tuple[np.ndarray, bool]] = {}
 
     def new(self, n: int) -> np.ndarray:
         """``n`` fresh labels, int64."""
@@ -49,15 +49,19 @@ class LabelStore:
         """These labels of a parameter are contracted with an activation: the parameter consumes the channel."""
         self._consumed.append(np.unique(labels))
 
-    def grid(self, labels: np.ndarray) -> None:
-        """What remains of these labels must be a box; positions may differ only along the last dim."""
+    def grid(self, labels: np.ndarray, whole_rows: bool = True) -> None:
+        """What remains of these labels must be a box; positions may differ only along the last dim.
+
+        ``whole_rows`` says whether rows may go whole (a head) or every row must keep something (a conv group).
+        """
         for axis in range(labels.ndim - 1):  # rows that repeat (batch, windows) say nothing new
             first = labels.take([0], axis)
             if labels.shape[axis] > 1 and (labels == first).all():
                 labels = first
         labels = labels.reshape([s for s in labels.shape if s > 1] or [1])
         if labels.ndim > 1:
-            self.grids[labels.tobytes() + bytes(str(labels.shape), "ascii")] = labels
+            key = labels.tobytes() + f"{labels.shape}{whole_rows}".encode()
+            self.grids[key] = (labels, whole_rows)
 
     def classes(self) -> np.ndarray:
         """Label -> smallest label it is united with, int64 ``(count,)``."""
@@ -117,5 +121,5 @@ class LabelCheck(LabelStore):
     def consume(self, labels: np.ndarray) -> None:
         """Nothing to record."""
 
-    def grid(self, labels: np.ndarray) -> None:
+    def grid(self, labels: np.ndarray, whole_rows: bool = True) -> None:
         """Nothing to record."""

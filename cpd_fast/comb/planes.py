@@ -214,9 +214,9 @@ def _reshape_plane(
     return result
 
 
-def record_grid(store: LabelStore, plane: Plane) -> None:
+def record_grid(store: LabelStore, plane: Plane, whole_rows: bool = True) -> None:
     """What remains of a plane over several dims must be a box."""
-    store.grid(np.moveaxis(plane.labels, plane.fast, -1))
+    store.grid(np.moveaxis(plane.labels, plane.fast, -1), whole_rows)
 
 
 def permute(state: State, order: list[int]) -> State:

@@ -91,8 +91,8 @@ class _Balance:
         self.settled = True
         self._frozen, self._signature = frozen, signature
         grids = {}
-        for labels in store.grids.values():
-            grid = _class_grid(classes[labels])
+        for labels, whole_rows in store.grids.values():
+            grid = _class_grid(classes[labels], whole_rows)
             if grid.ndim == 2 and not (frozen[grid] >= 0).all():
                 grids[grid.tobytes() + bytes(str(grid.shape), "ascii")] = (grid, labels)
         for i, (grid, _) in enumerate(grids.values()):
@@ -150,9 +150,12 @@ def _rows_alike(frozen: np.ndarray) -> bool:
     return bool(((frozen >= 0) == (frozen[:1] >= 0)).all())
 
 
-def _class_grid(grid: np.ndarray) -> np.ndarray:
-    """Drop dims along which classes are equal, and rows that repeat; two dims remain where rows must be balanced."""
-    for axis in range(grid.ndim):
+def _class_grid(grid: np.ndarray, whole_rows: bool) -> np.ndarray:
+    """Drop dims along which classes are equal, and rows that repeat; two dims remain where rows must be balanced.
+
+    A row of a single class goes whole or stays whole: nothing is left to balance, unless every row must stay.
+    """
+    for axis in range(grid.ndim if whole_rows else grid.ndim - 1):
         first = grid.take([0], axis)
         if (grid == first).all():
             grid = first
@@ -225,6 +228,9 @@ def _build_groups(
         base = root[0] if len(root) == 2 and root[1] in ("weight", "bias") else roots[key]
         used[base] = used.get(base, 0) + 1
         name = base if used[base] == 1 else f"{base}#{used[base]}"
+        reason = store.reasons[key[1]] if key[1] >= 0 else None
+        if reason is None and len(ids) == (1 if block is None else block.max() + 1):
+            reason = "has a single channel" if block is None else "has a single channel in every block"
         groups.append(
             CoupledGroup(
                 name=name,
@@ -234,8 +240,8 @@ def _build_groups(
                 slices=tuple(slices[n]),
                 balance=block,
                 tie=tie if tie is not None and shared.count(tie) > 1 else None,
-                prunable=key[1] < 0 and len(ids) > 1,
-                reason=store.reasons[key[1]] if key[1] >= 0 else None if len(ids) > 1 else "has a single channel",
+                prunable=reason is None,
+                reason=reason,
             )
         )
         offset += len(ids)

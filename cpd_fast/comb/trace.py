@@ -408,4 +408,6 @@ def _plain(out: Any) -> Any:
         return [_plain(getattr(out, f)) for f in out.__dataclass_fields__]
     if isinstance(out, (list, tuple)):
         return [_plain(v) for v in out]
+    if hasattr(out, "__dict__"):
+        return [_plain(v) for v in vars(out).values()]
     return out

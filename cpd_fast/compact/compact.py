@@ -81,6 +81,9 @@ def compact(
     cuts = {n: c for n, t in graph.tensors.items() if (c := make_cut(t, alive)) is not None}
     identities, scaled_rows = _row_scales(graph.scale_sites, alive)
     small = _copy_cut(model, graph, cuts, scaled_rows)
+    for hooks in (small._forward_pre_hooks, small._forward_hooks):
+        for key in [k for k, h in hooks.items() if getattr(_owner(h), "dropped_by_compaction", False)]:
+            del hooks[key]
     for name, factor in identities.items():
         small.set_submodule(name, Scale(factor))
     repair_known(small, graph, alive)
@@ -115,6 +118,11 @@ def rehearse(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> None:
         small.set_submodule(name, Scale(factor))
     repair_known(small, graph, alive)
     repair(small, graph, plan, Replayer(small, graph, alive, frozenset(identities)))
+
+
+def _owner(hook: Any) -> Any:
+    """The object whose bound method a hook is."""
+    return getattr(hook, "__self__", None)
 
 
 def _check_model(model: nn.Module, graph: ChannelGraph) -> None:

@@ -25,6 +25,8 @@ class MaskHandle:
     Normalisations count kept channels only. Between forwards the model is as it was.
     """
 
+    dropped_by_compaction = True  # a compacted copy of a masked model has nothing left to mask
+
     def __init__(self, model: nn.Module, graph: ChannelGraph, plan: PrunePlan | None = None) -> None:
         self.graph = graph
         self._model = model

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from cpd_fast.compact import compact
+from cpd_fast.errors import TraceError, UnsupportedOpError
 from cpd_fast.pipeline import comb
 from cpd_fast.prune import attach_masks, masked
 from cpd_fast.schedule import random_plan
@@ -161,8 +162,6 @@ class Complex(nn.Module):
 
 
 def test_complex_tensors_are_exact_or_refused_by_name():
-    from cpd_fast.errors import UnsupportedOpError
-
     model = informative(Complex()).double()
     with pytest.raises(UnsupportedOpError, match="no channel rule for operator aten"):
         comb(model, torch.randn(1, 3, 6, 6).double())
@@ -205,6 +204,21 @@ def test_a_copy_of_a_masked_model_is_masked_by_itself():
     out = model(x)
     handle.remove()
     assert torch.equal(twin(x), out) and not torch.equal(model(x), out)
+
+
+def test_compacting_a_masked_model_takes_the_masks_off_the_result():
+    model, x = informative(Residual()).double(), torch.randn(2, 3, 6, 6).double()
+    graph = comb(model, x)
+    plan = random_plan(graph, keep=0.5)
+    handle = attach_masks(model, graph, plan)
+    small = compact(model, graph, plan)
+    assert relative_error(model(x), small(x)) < 1e-12 and not small._forward_pre_hooks
+    handle.remove()
+
+
+def test_something_that_is_no_module():
+    with pytest.raises(TraceError, match="expected a torch.nn.Module, got NoneType"):
+        comb(None, torch.randn(1))
 
 
 def test_compiled_and_exported_results():

@@ -20,7 +20,10 @@ from cpd_fast.comb.trace import Tracer
         f"aten.{n}"
         for n in "where clamp lerp masked_fill bernoulli fill hardswish hardsigmoid silu mish softplus".split()
     ),
-    *(f"aten.{n}" for n in "celu selu elu leaky_relu hardtanh relu6 threshold logit rrelu prelu dropout".split()),
+    *(
+        f"aten.{n}"
+        for n in "celu selu elu leaky_relu hardtanh relu6 threshold logit rrelu _prelu_kernel dropout".split()
+    ),
 )
 def pointwise(t: Tracer, call: Call) -> Any:
     """Index by index; an in-place result replaces what was known of its first argument."""

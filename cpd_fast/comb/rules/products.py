@@ -109,8 +109,8 @@ def _grouped(
     labels = columns.labels.reshape(groups, per_out, per_in)[:, 0]
     t.store.consume(labels)
     t.store.unite(labels, x_labels.reshape(groups, per_in))
-    t.store.grid(labels)
-    t.store.grid(rows.reshape(groups, per_out))
+    t.store.grid(labels, whole_rows=False)
+    t.store.grid(rows.reshape(groups, per_out), whole_rows=False)
     return rows
 
 

@@ -85,7 +85,7 @@ def group_norm(t: Tracer, call: Call) -> Any:
     if groups > 1:
         for p in planes:
             if p.dims == (1,):
-                t.store.grid(p.labels.reshape(groups, -1))
+                t.store.grid(p.labels.reshape(groups, -1), whole_rows=False)
             else:
                 t.store.freeze(p.labels, "group_norm runs over a grid of channels")
     t.add_site(x, planes)

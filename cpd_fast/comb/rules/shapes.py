@@ -137,7 +137,7 @@ def split(t: Tracer, call: Call) -> list[State]:
             if p.labels.shape[dim] > 1 and sizes[0] > 1:
                 shape = (*p.labels.shape[:dim], len(sizes), sizes[0], *p.labels.shape[dim + 1 :])
                 fast = dim + 1 if p.fast == dim else p.fast + (p.fast > dim)
-                record_grid(t.store, Plane(p.labels.reshape(shape), fast))
+                record_grid(t.store, Plane(p.labels.reshape(shape), fast), whole_rows=False)
     elif call.op in ("aten.split", "aten.unsafe_split") and len(sizes) > 1 and _varies(t, x, dim):
         t.freeze_dims(x, {dim}, "split into unequal parts of one stated size")
     starts = np.cumsum([0, *sizes])
