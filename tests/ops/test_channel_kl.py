@@ -134,6 +134,8 @@ def test_class_columns_of_extreme_values(shift):
     student[0, 4, 4, 5] = math.nan
     teacher[0, 2, 5, 6], student[0, 2, 6, 7] = INF, INF
     student[0, 3, 7], teacher[0, 3, 7] = -3e38, 1e38  # overflow of differences
+    student[0, :2, 8], teacher[0, 1:3, 8] = -INF, -INF
+    teacher[0, 0, 8] = -INF  # where both are: adds nothing
     results = []
     for backend in ("reference", "cpu"):
         skip_unless_runs("class_kl", student, backend)
@@ -145,6 +147,8 @@ def test_class_columns_of_extreme_values(shift):
     assert ours[0, 0, 0] == INF and our_gradient[0, :, 0, 0].isfinite().all()
     assert ours[0, 4, 5].isnan() and ours[0, 5, 6].isnan() and ours[0, 6, 7].isnan()
     assert ours[0, 2:4].abs().max() == 0 and our_gradient[0, :, 2:4].abs().max() == 0
+    assert ours[0, 8].isfinite().all()
+    torch.testing.assert_close(ours[:, 8], loss[:, 8], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours[:, :7], loss[:, :7], rtol=1e-4, atol=1e-4, equal_nan=True)
     rest = [0, 1, 2, 3, 8]
     torch.testing.assert_close(our_gradient[:, :, rest, 1:], gradient[:, :, rest, 1:], rtol=1e-4, atol=1e-5)
@@ -436,6 +440,7 @@ AOT = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from cpd_fast.kernels.channel_kl import channel_kl_chunk_kernel, channel_kl_finish_kernel
     from cpd_fast.kernels.channel_kl import channel_kl_kernel, launch_config
     names = channel_kl_kernel.arg_names
     for reduce, inner in ((16384, 1), (150, 16384)):
@@ -456,6 +461,25 @@ AOT = """
                 ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
                 assert f".target sm_{arch}" in ptx, arch
                 assert "ld.global.v" in ptx or ".v4.b32" in ptx or ".v2.b32" in ptx, (arch, kind, inner)
+    block = dict(CHUNK=16384, BLOCK_R=2048)
+    flags = dict(HAS_GRAD=True, WANT_LOSS=True, WANT_DSTUDENT=True, CHUNKS=16)
+    for kernel, constants in ((channel_kl_chunk_kernel, block), (channel_kl_finish_kernel, block | flags)):
+        for kind in ("fp32", "fp16"):
+            types = dict(reduce="i32", chunks="i32", log2e_over_t="fp32", loss_scale="fp32", grad_scale="fp32")
+            types |= {n: f"*{kind}" for n in ("student_ptr", "teacher_ptr", "dstudent_ptr")}
+            types |= {n: "*fp32" for n in ("partials_ptr", "grad_ptr", "loss_ptr")}
+            types |= {n: "constexpr" for n in constants}
+            signature = {n: types[n] for n in kernel.arg_names}
+            aligned = {
+                (i,): [["tt.divisibility", 16]]
+                for i, n in enumerate(signature)
+                if n.endswith("_ptr") or n == "reduce"
+            }
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+            for arch in (75, 80, 90):
+                options = dict(num_warps=8, enable_fp_fusion=True)
+                ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
+                assert f".target sm_{arch}" in ptx and "ld.global.v" in ptx, (arch, kind, kernel)
     print("compiled")
 """
 
