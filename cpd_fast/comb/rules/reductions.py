@@ -150,6 +150,14 @@ def pool(t: Tracer, call: Call) -> Any:
     return [state, state] if isinstance(call.out, (tuple, list)) else state
 
 
+@register_rule("aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def grid_sample(t: Tracer, call: Call) -> State:
+    """Looks every channel up at the same places; the places themselves stay."""
+    x, grid = call.args[:2]
+    t.freeze_all(grid, "places of a grid_sample")
+    return State(t.only_dim(x, 1, POOLS).planes)
+
+
 @register_rule("function.lstm", "function.gru", "function.rnn_tanh", "function.rnn_relu")
 def recurrent(t: Tracer, call: Call) -> Any:
     """Recurrent layers keep a list of their weights beside the parameters: they stay whole."""

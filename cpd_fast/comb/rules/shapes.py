@@ -144,6 +144,35 @@ def split(t: Tracer, call: Call) -> list[State]:
     return [_cut(t, x, dim, int(a), int(b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
 
 
+@register_rule("aten.glu")
+def glu(t: Tracer, call: Call) -> State:
+    """a * sigmoid(b) of the two halves of a dim, which meet."""
+    x = call.args[0]
+    dim = call.arg(1, "dim", -1) % x.dim()
+    half = x.shape[dim] // 2
+    parts = [_cut(t, x, dim, start, start + half) for start in (0, half)]
+    shape = tuple(call.out.shape)
+    return meet(t.store, parts, [shape, shape], shape, t.heads)
+
+
+@register_rule("aten.im2col")
+def im2col(t: Tracer, call: Call) -> State:
+    """(N, C, H, W) -> (N, C * window, L): every channel becomes one run of rows."""
+    x, out = call.args[0], call.out
+    state = t.only_dim(x, x.dim() - 3, POOLS)
+    runs = out.shape[-2] // x.shape[-3]
+    planes = [Plane(np.repeat(p.labels.squeeze(-1), runs, -2), out.dim() - 2) for p in state.planes]
+    return State(tuple(planes))
+
+
+@register_rule("aten.unfold")
+def unfold(t: Tracer, call: Call) -> State:
+    """Windows along a dim that carries no channels; their positions become a last dim."""
+    x, dim = call.args[0], call.args[1] % max(call.args[0].dim(), 1)
+    state = t.freeze_dims(x, {dim}, POOLS)
+    return State(tuple(Plane(p.labels[..., None], p.fast) for p in state.planes))
+
+
 @register_rule("aten.cat", "aten.concatenate")
 def cat(t: Tracer, call: Call) -> State:
     """Axes one after the other; other dims meet."""

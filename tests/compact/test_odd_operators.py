@@ -1,0 +1,98 @@
+"""One tiny net an operator: either exact with channels gone, or frozen with the reason; never wrong."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cpd_fast.compact import compact
+from cpd_fast.pipeline import comb
+from cpd_fast.prune import masked
+from cpd_fast.schedule import random_plan
+from tests.nets import informative, relative_error
+
+
+class Net(nn.Module):
+    """Layers a (C channels out of an image) and o, with ``middle`` between them."""
+
+    def __init__(self, middle, c, c_out, **layers):
+        super().__init__()
+        self.middle = middle
+        self.a, self.o = nn.Conv2d(3, c, 1), nn.Conv2d(c_out, 2, 1)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.o(self.middle(self, self.a(x)))
+
+
+def shape_of(x):
+    return x.shape[1]
+
+
+EXACT = {
+    "instance_norm": Net(lambda s, x: s.n(x), 8, 8, n=nn.InstanceNorm2d(8, affine=True)),
+    "instance_norm_tracking": Net(lambda s, x: s.n(x), 8, 8, n=nn.InstanceNorm2d(8, track_running_stats=True)),
+    "batch_norm_without_affine": Net(lambda s, x: s.n(x).sigmoid(), 8, 8, n=nn.BatchNorm2d(8, affine=False)),
+    "prelu": Net(lambda s, x: s.n(x), 8, 8, n=nn.PReLU(8)),
+    "prelu_shared": Net(lambda s, x: s.n(x), 8, 8, n=nn.PReLU()),
+    "depthwise_transposed": Net(lambda s, x: s.n(x), 8, 8, n=nn.ConvTranspose2d(8, 8, 2, 2, groups=8)),
+    "conv3d": Net(lambda s, x: s.n(x[:, :, None])[:, :, 0], 8, 8, n=nn.Conv3d(8, 8, 1)),
+    "chunk": Net(lambda s, x: (lambda t: t[0] * t[1] + t[2])(x.chunk(3, 1)), 12, 4),
+    "unequal_split": Net(lambda s, x: s.p(x.split([5, 7], 1)[0]) + s.q(x.split([5, 7], 1)[1]), 12, 4,
+                         p=nn.Conv2d(5, 4, 1), q=nn.Conv2d(7, 4, 1)),
+    "glu": Net(lambda s, x: F.glu(x, 1), 12, 6),
+    "channel_shuffle": Net(lambda s, x: F.channel_shuffle(x, 2), 8, 8),
+    "pixel_unshuffle": Net(lambda s, x: F.pixel_unshuffle(x, 2), 4, 16),
+    "interpolate": Net(lambda s, x: F.interpolate(x, scale_factor=2, mode="bilinear"), 8, 8),
+    "grid_sample": Net(lambda s, x: F.grid_sample(x, x.new_zeros(2, 4, 4, 2), align_corners=False), 8, 8),
+    "im2col": Net(lambda s, x: F.unfold(x, 2)[..., None], 4, 16),
+    "tensor_unfold": Net(lambda s, x: x.unfold(2, 2, 2).amax(-1), 8, 8),
+    "stack_mean": Net(lambda s, x: torch.stack([x, x.relu()]).mean(0), 8, 8),
+    "repeat_interleave": Net(lambda s, x: x.repeat_interleave(2, 1), 4, 8),
+    "repeat": Net(lambda s, x: x.repeat(1, 2, 1, 1), 4, 8),
+    "dot_product": Net(lambda s, x: (x * s.n(x)).sum(1, keepdim=True), 8, 1, n=nn.Conv2d(8, 8, 1)),
+    "share_of_the_sum": Net(lambda s, x: x / x.abs().sum(1, keepdim=True), 8, 8),
+    "scale_by_width": Net(lambda s, x: x / shape_of(x) ** 0.5, 8, 8),
+    "mean_of_everything": Net(lambda s, x: x - x.mean(), 8, 8),
+    "non_local": Net(lambda s, x: (lambda v: (v.flatten(2) @ (s.q(x).flatten(2).transpose(1, 2) @ s.k(x).flatten(
+        2)).softmax(-1).transpose(1, 2)).view_as(v))(s.v(x)), 8, 8,
+        q=nn.Conv2d(8, 4, 1), k=nn.Conv2d(8, 4, 1), v=nn.Conv2d(8, 8, 1)),
+}  # fmt: skip
+FROZEN = {
+    "normalize": (Net(lambda s, x: F.normalize(x, dim=1), 8, 8), "normalize over this axis"),
+    "cumsum": (Net(lambda s, x: x.cumsum(1), 8, 8), "cumsum over this axis"),
+    "flip": (Net(lambda s, x: x.flip(1), 8, 8), "rolled or flipped"),
+    "amax": (Net(lambda s, x: x * x.amax(1, keepdim=True), 8, 8), "amax over this axis"),
+    "log_softmax": (Net(lambda s, x: F.log_softmax(x, 1), 8, 8), "log_softmax over this axis"),
+    "slice": (Net(lambda s, x: x[:, 2:7], 8, 5), "sliced at fixed positions"),
+    "fixed_table": (Net(lambda s, x: x + torch.linspace(0, 1, 8).view(1, 8, 1, 1), 8, 8), "could not be repaired"),
+    "channel_attention": (Net(lambda s, x: ((x.flatten(2) @ x.flatten(2).transpose(1, 2)).softmax(-1) @ x.flatten(
+        2)).view_as(x), 8, 8), "carries no channels"),
+    "circular_padding": (Net(lambda s, x: s.n(x), 8, 6, n=nn.Conv2d(8, 6, 3, padding=1, padding_mode="circular")),
+                         "written in place"),
+    "written_in_place": (Net(lambda s, x: (lambda z: (z[:, :8].copy_(x), z)[1])(x.new_zeros(2, 10, 8, 8)), 8, 10),
+                         "written in place"),
+    "transposed_groups": (Net(lambda s, x: s.n(x), 8, 12, n=nn.ConvTranspose2d(8, 12, 2, 2, groups=2)),
+                          "grouped transposed convolution"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.5, 0.2])
+@pytest.mark.parametrize("net", EXACT)
+def test_exact(net, keep):
+    model, x = informative(EXACT[net]).double(), torch.randn(2, 3, 8, 8).double()
+    graph = comb(model, x)
+    assert "a" in {g.root for g in graph.prunable_groups}
+    plan = random_plan(graph, keep=keep, generator=torch.Generator().manual_seed(0))
+    small = compact(model, graph, plan)
+    with torch.no_grad(), masked(model, graph, plan) as m:
+        assert relative_error(m(x), small(x)) < 1e-10
+
+
+@pytest.mark.parametrize("net", FROZEN)
+def test_frozen_with_the_reason(net):
+    model, reason = FROZEN[net]
+    graph = comb(informative(model), torch.randn(2, 3, 8, 8))
+    frozen = [g.reason or "" for g in graph.groups if g.root == "a" and not g.prunable]
+    assert any(reason in r for r in frozen), frozen
