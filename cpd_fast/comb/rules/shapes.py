@@ -165,6 +165,22 @@ def im2col(t: Tracer, call: Call) -> State:
     return State(tuple(planes))
 
 
+@register_rule("aten.col2im")
+def col2im(t: Tracer, call: Call) -> State:
+    """(N, C * window, L) -> (N, C, H, W): the rows of a window go together."""
+    x, out = call.args[0], call.out
+    c = out.shape[-3]
+    split_shape = (*x.shape[:-2], c, x.shape[-2] // c, x.shape[-1])
+    state = t.freeze_dims(x, {x.dim() - 1}, POOLS)
+    planes = []
+    for p in reshape(t.store, state, tuple(x.shape), split_shape).planes:
+        window = len(split_shape) - 2
+        orbit(t.store, p, (window,))
+        labels = p.labels.take([0], window)
+        planes.append(Plane(labels, window - 1 if p.fast == window else p.fast))
+    return State(tuple(p for p in planes if p.dims))
+
+
 @register_rule("aten.unfold")
 def unfold(t: Tracer, call: Call) -> State:
     """Windows along a dim that carries no channels; their positions become a last dim."""
