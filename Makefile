@@ -18,7 +18,7 @@ lint: .venv/test.ok
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu)$$')
 
-zoo: .venv/test.ok
+zoo: .venv/zoo.ok
 	$(BIN)/pytest tests/zoo -m "slow or not slow"
 
 bench: .venv/test.ok
@@ -28,6 +28,7 @@ bench: .venv/test.ok
 NATIVE := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 .venv/demo.ok: EXTRAS = train,export
 .venv/test.ok: EXTRAS = test
+.venv/zoo.ok: EXTRAS = test,zoo
 .venv/%.ok: $(NATIVE)
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
