@@ -186,6 +186,7 @@ class ChannelGraph:
     inputs: tuple[tuple[Any, ...], dict[str, Any]]  # example args and kwargs, tensors on the meta device
     output_shapes: tuple[tuple[int, ...], ...]
     untouched: int  # parameters that no channel map describes
+    needs_hooks: bool = False  # whether the forward relies on hooks of its own
     _by_name: dict[str, CoupledGroup] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 import cpd_fast.comb.rules  # noqa: F401  (fills the rule table)
 from cpd_fast.comb.calls import register_rule
 from cpd_fast.comb.labels import LabelStore
-from cpd_fast.comb.meta import clone_to_meta, example_args, tensor_names, unwrap
+from cpd_fast.comb.meta import clone_to_meta, example_args, has_hooks, tensor_names, unwrap
 from cpd_fast.comb.planes import Plane, State, freeze_dims
 from cpd_fast.comb.resolve import fingerprint, resolve
 from cpd_fast.comb.trace import Tracer, run_trace
@@ -48,13 +48,30 @@ def comb(
         if value not in choices:
             raise ValueError(f"{what}: expected one of {', '.join(choices)}, got {value!r}")
     model = unwrap(model)
-    ids, aliases = tensor_names(model)
+    try:
+        return _comb(model, example_inputs, ignore, on_unknown, granularity, hooks=False)
+    except TraceError:
+        if not has_hooks(model):
+            raise
+        return _comb(model, example_inputs, ignore, on_unknown, granularity, hooks=True)
+
+
+def _comb(
+    model: nn.Module,
+    example_inputs: Any,
+    ignore: Iterable[str | nn.Module],
+    on_unknown: str,
+    granularity: str,
+    hooks: bool,
+) -> ChannelGraph:
+    """Trace and resolve; without hooks, because the user's own need not run on meta tensors."""
+    _, aliases = tensor_names(model)
     shapes = {**{n: tuple(p.shape) for n, p in model.named_parameters()}}
     shapes |= {n: tuple(b.shape) for n, b in model.named_buffers()}
     store = LabelStore()
     planes: dict[str, list[Plane]] = {}
-    eval_trace = _trace(model, example_inputs, store, planes, on_unknown, granularity == "head", training=False)
-    train_trace = _trace(model, example_inputs, store, planes, on_unknown, granularity == "head", training=True)
+    eval_trace = _trace(model, example_inputs, store, planes, on_unknown, granularity == "head", False, hooks)
+    train_trace = _trace(model, example_inputs, store, planes, on_unknown, granularity == "head", True, hooks)
     order = list(dict.fromkeys([*eval_trace.order, *train_trace.order]))
     _freeze_ignored(model, ignore, planes, store)
     sites = {(s.module, s.op, s.call): s for s in [*train_trace.sites, *eval_trace.sites]}
@@ -96,6 +113,7 @@ def comb(
         fingerprint=fingerprint(shapes, resolved.groups),
         inputs=example_args(example_inputs),
         output_shapes=eval_trace.output_shapes,
+        needs_hooks=hooks,
         untouched=sum(p.numel() for n, p in model.named_parameters() if n not in mapped),
     )
 
@@ -119,8 +137,9 @@ def _trace(
     on_unknown: str,
     heads: bool,
     training: bool,
+    hooks: bool,
 ) -> Tracer:
-    clone = clone_to_meta(model)
+    clone = clone_to_meta(model, hooks=hooks)
     if training:
         clone.train()
     else:

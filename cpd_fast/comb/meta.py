@@ -23,10 +23,18 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether any module has hooks."""
+    return any(getattr(m, h) for m in model.modules() for h in HOOKS)
+
+
+def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None, hooks: bool = False) -> nn.Module:
     """A copy without weights and without hooks; the model itself is not touched, sharing of tensors is kept.
 
-    ``memo`` may hold replacements of tensors by id.
+    ``memo`` may hold replacements of tensors by id; ``hooks`` keeps hooks, for forwards that rely on their own.
     """
     memo = {} if memo is None else memo
     for m in model.modules():
@@ -36,8 +44,7 @@ def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mo
         for t in [*m._buffers.values(), *vars(m).values()]:
             if isinstance(t, Tensor) and id(t) not in memo:
                 memo[id(t)] = torch.empty_like(t, device="meta", requires_grad=False)
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    kept = [(m, h, getattr(m, h)) for m in model.modules() for h in hooks if getattr(m, h)]
+    kept = [] if hooks else [(m, h, getattr(m, h)) for m in model.modules() for h in HOOKS if getattr(m, h)]
     try:
         for m, h, _ in kept:
             setattr(m, h, type(getattr(m, h))())

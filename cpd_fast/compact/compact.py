@@ -112,7 +112,7 @@ def rehearse(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> None:
             shape = box_shape(functools.reduce(np.logical_and, (alive[m] for m in known.maps)), known.shape)
             value = torch.empty(shape, dtype=t.dtype, device="meta")
             memo[id(t)] = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
-    small = clone_to_meta(model, memo)
+    small = clone_to_meta(model, memo, graph.needs_hooks)
     identities, _ = _row_scales(graph.scale_sites, alive)
     for name, factor in identities.items():
         small.set_submodule(name, Scale(factor))

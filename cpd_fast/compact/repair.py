@@ -108,7 +108,7 @@ class Replayer:
 
     def run(self) -> Replay:
         """One label-checked forward on meta tensors, in eval mode."""
-        clone = clone_to_meta(self._model).eval()
+        clone = clone_to_meta(self._model, hooks=self._graph.needs_hooks).eval()
         ids, _ = tensor_names(clone)
         tracer = _ReplayTracer(LabelCheck(), ids, dict(self._planes), heads=False)
         tracer.on_unknown, tracer.transparent, tracer.expected = "freeze", self._transparent, self._expected

@@ -206,6 +206,28 @@ def test_a_copy_of_a_masked_model_is_masked_by_itself():
     assert torch.equal(twin(x), out) and not torch.equal(model(x), out)
 
 
+class Captures(nn.Module):
+    """A forward that reads what a hook of its own has noted, as those of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+        self.a.register_forward_hook(lambda m, args, out: CAPTURED.append(out))
+
+    def forward(self, x):
+        CAPTURED.clear()
+        y = self.b(self.a(x))
+        return self.o(y + CAPTURED[0])
+
+
+CAPTURED: list[torch.Tensor] = []
+
+
+def test_a_forward_that_relies_on_its_own_hooks():
+    graph, _, small = prove(informative(Captures()).double(), (torch.randn(2, 3, 4, 4).double(),))
+    assert graph.needs_hooks and small.a.out_channels == 4
+
+
 def test_compacting_a_masked_model_takes_the_masks_off_the_result():
     model, x = informative(Residual()).double(), torch.randn(2, 3, 6, 6).double()
     graph = comb(model, x)

@@ -40,7 +40,6 @@ REFUSED: dict[str, str] = {}
 # cannot run in this environment at all
 BROKEN = {
     "PAN:resnet18": "the decoder pools below 1x1 at this input size",
-    "UperNet-ConvNeXt": "transformers builds it without its auxiliary head",
 }
 # what the mathematics or a forward with fixed sizes leaves no room for
 LITTLE = {"deepseek_vit_412m"}
