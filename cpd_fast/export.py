@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,25 @@ def _try_forward(model: nn.Module, inputs: Any) -> None:
         ) from e
 
 
+@contextlib.contextmanager
+def _quiet_logger(name: str) -> Iterator[None]:
+    """Errors only: the exporter talks about optional packages that are not installed."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _write(model: nn.Module, example_inputs: Any, path: Path) -> None:
     args, kwargs = _arguments(example_inputs)
     batch = torch.export.Dim("batch", min=1)
     dynamic = tree_map(lambda t: {0: batch} if isinstance(t, Tensor) and t.dim() else None, (args, kwargs))
     shapes: Any = dynamic[1] if kwargs else dynamic[0]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet_logger("torch.onnx"):
             warnings.simplefilter("ignore")  # deprecations inside the exporter; the result is checked below
             program = torch.onnx.export(
                 model,
