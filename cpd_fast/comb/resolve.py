@@ -40,6 +40,7 @@ def resolve(store: LabelStore, planes: dict[str, list[Plane]], order: Sequence[s
         balance = _Balance(store, classes, frozen, signature)
         if balance.settled:
             break
+    assert balance.settled  # every round that is not unites or freezes one grid more
     groups, channel = _build_groups(store, flat, classes, frozen, signature, balance)
     return Resolved(groups, channel)
 
@@ -102,12 +103,9 @@ class _Balance:
         for grid, labels in grids.values():
             if not self._tie(grid):
                 self.settled = False
-                if (frozen[grid] >= 0).any():  # part of a row must stay: rows could not shrink alike
-                    store.unite(labels, labels[tuple([slice(0, 1)] * (labels.ndim - 1))])
-                    if not _rows_alike(frozen[grid]):
-                        store.freeze(labels, MIXED_GRID)
-                else:
-                    store.unite(labels, labels[tuple([slice(0, 1)] * (labels.ndim - 1))])
+                store.unite(labels, labels[tuple([slice(0, 1)] * (labels.ndim - 1))])
+                if (frozen[grid] >= 0).any() and not _rows_alike(frozen[grid]):
+                    store.freeze(labels, MIXED_GRID)  # part of a row must stay: rows could not shrink alike
 
     def _tie(self, grid: np.ndarray) -> bool:
         """Accept a grid whose rows are built from blocks of equal sizes, and tie these blocks."""
@@ -195,8 +193,7 @@ def _build_groups(
             key = (int(signature[c]), r)
             members.setdefault(key, {}).setdefault(c)
             roots.setdefault(key, name)
-    position = {id(p): j for j, (_, _, p) in enumerate(flat)}
-    keys = sorted(members, key=lambda k: _first_use(flat, classes, members[k], roots[k], position))
+    keys = sorted(members, key=lambda k: _first_use(flat, classes, members[k], roots[k]))
     ties = balance.tie_of()
     tie_names: dict[int, str] = {}
     groups: list[CoupledGroup] = []
@@ -253,8 +250,8 @@ def _first_use(
     classes: np.ndarray,
     members: dict[int, None],
     root: str,
-    position: dict[int, int],
 ) -> tuple[int, int]:
+    """Where the first channel of a group first appears: the order of groups."""
     first = next(iter(members))
     for j, (name, _, plane) in enumerate(flat):
         if name == root:
