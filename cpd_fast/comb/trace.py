@@ -61,10 +61,8 @@ class Tracer(TorchDispatchMode):
         self.transparent: frozenset[str] = frozenset()  # modules that a replay looks through
         self.sites: list[Site] = []
         self.attention: list[AttentionSite] = []
-        self.unknown: list[str] = []
         self.on_unknown = "error"
         self.function: tuple[str, int] = ("", 0)  # running function and its number within the module
-        self.n_ops = 0
         self._suspended = False
         self.output_shapes: tuple[tuple[int, ...], ...] = ()
         self.order: list[str] = []  # parameters and buffers by first use
@@ -219,7 +217,6 @@ class Tracer(TorchDispatchMode):
                     "ignore= / example inputs that avoid it"
                 ) from e
             raise
-        self.n_ops += 1
         if self._suspended:
             return out
         op = f"{func.namespace}.{func._schema.name.split('::')[1]}"
@@ -283,7 +280,6 @@ class Tracer(TorchDispatchMode):
                 f"cpd_fast.comb.register_rule({op!r}) (docs/rules.md), or pass on_unknown='freeze' to keep every "
                 "channel that reaches it"
             )
-        self.unknown.append(f"{op} ({self.where()})")
         return RULES["unknown"]
 
 
