@@ -34,6 +34,7 @@ class MaskHandle:
         self._masks: dict[str, Tensor] = {}
         self._swapped: list[tuple[dict[str, Any], str, Any]] = []
         self._sites: _NormMode | None = None
+        self._running: _NormMode | None = None  # the one that the forward under way has entered
         self._stack_hooks: list[RemovableHandle] = []
         self._hooks: list[RemovableHandle] = []
         self.plan = PrunePlan({}, graph.fingerprint)
@@ -85,14 +86,16 @@ class MaskHandle:
                 if name:  # the stack starts at the model itself
                     self._stack_hooks += self._sites.watch(name, module)
             self._sites.__enter__()
+            self._running = self._sites
 
     def leave(self) -> None:
         """Put the parameters back (end of a forward, also one that raised)."""
-        if self._sites is not None and self._stack_hooks:
-            self._sites.__exit__(None, None, None)
-            for hook in self._stack_hooks:
-                hook.remove()
-            self._stack_hooks = []
+        if self._running is not None:
+            self._running.__exit__(None, None, None)
+            self._running = None
+        for hook in self._stack_hooks:
+            hook.remove()
+        self._stack_hooks = []
         for owner, key, original in self._swapped:
             owner[key] = original
         self._swapped = []

@@ -85,3 +85,26 @@ def test_norms_written_by_hand(keep):
     small = compact(model, graph, plan)
     with torch.no_grad(), masked(model, graph, plan) as m:
         assert relative_error(m(x), small(x)) < 1e-10
+
+
+class NoSubmodules(nn.Module):
+    """Parameters and functions only: the model itself is the innermost module of every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(8, 3)), nn.Parameter(torch.randn(2, 8))
+        self.weight = nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        h = F.linear(x, self.a)
+        return F.linear(F.layer_norm(h, h.shape[-1:], self.weight), self.b)
+
+
+def test_a_model_without_submodules_leaves_no_mode_behind():
+    model, x = NoSubmodules().double(), torch.randn(4, 3).double()
+    graph = comb(model, x)
+    expected = model(x)
+    depth = torch._C._len_torch_function_stack()
+    with torch.no_grad(), masked(model, graph, random_plan(graph, keep=0.5)) as m:
+        m(x)
+    assert torch._C._len_torch_function_stack() == depth and torch.equal(model(x), expected)
