@@ -66,8 +66,7 @@ def _comb(
 ) -> ChannelGraph:
     """Trace and resolve; without hooks, because the user's own need not run on meta tensors."""
     _, aliases = tensor_names(model)
-    shapes = {**{n: tuple(p.shape) for n, p in model.named_parameters()}}
-    shapes |= {n: tuple(b.shape) for n, b in model.named_buffers()}
+    shapes = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
     store = LabelStore()
     planes: dict[str, list[Plane]] = {}
     eval_trace = _trace(model, example_inputs, store, planes, on_unknown, granularity == "head", False, hooks)
@@ -139,11 +138,7 @@ def _trace(
     training: bool,
     hooks: bool,
 ) -> Tracer:
-    clone = clone_to_meta(model, hooks=hooks)
-    if training:
-        clone.train()
-    else:
-        clone.eval()
+    clone = clone_to_meta(model, hooks=hooks).train(training)
     ids, _ = tensor_names(clone)
     tracer = Tracer(store, ids, planes, heads)
     tracer.on_unknown = on_unknown
@@ -190,7 +185,7 @@ def _scale_sites(store: LabelStore, planes: dict[str, list[Plane]], tracer: Trac
         plane = next((p for p in call.q.planes if p.labels.shape[-1] > 1), None)
         if plane is None:
             continue
-        labels = np.broadcast_to(plane.labels, [*plane.labels.shape]).reshape(-1, plane.labels.shape[-1])
+        labels = plane.labels.reshape(-1, plane.labels.shape[-1])
         labels = labels[np.sort(np.unique(labels, axis=0, return_index=True)[1])]
         rows = _rows_that_scale(planes, call.q)
         if call.q.identity is None and not rows:

@@ -84,10 +84,7 @@ def compact(
     for hooks in (small._forward_pre_hooks, small._forward_hooks):
         for key in [k for k, h in hooks.items() if getattr(_owner(h), "dropped_by_compaction", False)]:
             del hooks[key]
-    for name, factor in identities.items():
-        small.set_submodule(name, Scale(factor))
-    repair_known(small, graph, alive)
-    repair(small, graph, plan, Replayer(small, graph, alive, frozenset(identities)))
+    _fit_modules(small, graph, plan, identities)
     carried = [] if optimizer is None else _carry_optimizer(optimizer, model, small, cuts)
     if inplace:
         _overwrite(model, small)
@@ -113,7 +110,12 @@ def rehearse(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> None:
             value = torch.empty(shape, dtype=t.dtype, device="meta")
             memo[id(t)] = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
     small = clone_to_meta(model, memo, graph.needs_hooks)
-    identities, _ = _row_scales(graph.scale_sites, alive)
+    _fit_modules(small, graph, plan, _row_scales(graph.scale_sites, alive)[0])
+
+
+def _fit_modules(small: nn.Module, graph: ChannelGraph, plan: PrunePlan, identities: dict[str, float]) -> None:
+    """Make the modules fit tensors that are cut already, and prove it; ``identities`` become scales."""
+    alive = graph.alive(plan)
     for name, factor in identities.items():
         small.set_submodule(name, Scale(factor))
     repair_known(small, graph, alive)
