@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from cpd_fast import losses, ops
-from cpd_fast.compact import compact
+from cpd_fast.compact import compact, compose_plans
 from cpd_fast.errors import CpdError
 from cpd_fast.pipeline import comb, cost
 from cpd_fast.prune import attach_masks, masked
@@ -59,6 +59,7 @@ __all__ = [
     "attach_masks",
     "comb",
     "compact",
+    "compose_plans",
     "cost",
     "export_onnx",
     "latency",

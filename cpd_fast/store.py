@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,18 @@ from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from cpd_fast.compact import compact
-from cpd_fast.errors import CpdError, FileFormatError
+from cpd_fast.compact import Scale, compact, kept_shape
+from cpd_fast.errors import CpdError, FileFormatError, PlanError, TraceError
 from cpd_fast.pipeline import comb
 from cpd_fast.types import ChannelGraph, PrunePlan
 
 FORMAT = "cpd_fast.network"
 VERSION = 1
 META = "cpd_fast"  # key of the safetensors metadata that holds ours
-MAX_INPUT_ELEMENTS = 1 << 28  # a file may not ask for more example input than this
+MAX_INPUT_ELEMENTS = 1 << 28  # a file may not ask for more example input than this, in each tensor ...
+MAX_INPUT_DIMS = 16
+MAX_INPUTS = 256  # ... nor for more of them
+DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 
 
 def save(
@@ -40,7 +45,7 @@ def save(
             dtypes are stored, for :func:`load`. Default: fp32 tensors of the shapes in ``graph``.
 
     Raises:
-        PlanError: If ``plan`` does not fit ``graph``.
+        PlanError: If ``plan`` does not fit ``graph``, or ``small`` is not what it leaves.
         FileFormatError: If the file cannot be written.
 
     Example:
@@ -57,14 +62,39 @@ def save(
         True
     """
     plan.check(graph)
+    _check_shapes(small, graph, plan)
     names = {name: t for name, t in small.state_dict().items() if graph.aliases.get(name, name) == name}
     inputs = _spec_of_shapes(graph.input_shapes) if example_inputs is None else _spec(example_inputs)
-    head = {"fingerprint": graph.fingerprint, "plan": plan.to_json(), "inputs": inputs}
+    head = {"fingerprint": graph.fingerprint, "plan": plan.to_json(), "inputs": inputs, "scales": _scales(small)}
     data = pack_tensors(names, head, FORMAT, VERSION)
     try:
         write_atomically(Path(path), data)
     except OSError as e:
         raise FileFormatError(f"{path}: cannot be written ({e.strerror or e})") from e
+
+
+def _check_shapes(small: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> None:
+    """Find out now, and not when the file is loaded, that a network has other shapes than its plan says.
+
+    Raises:
+        PlanError: If it has.
+    """
+    alive = graph.alive(plan)
+    own = {**dict(small.named_parameters()), **dict(small.named_buffers())}
+    for name, t in graph.tensors.items():
+        wanted = kept_shape(t, alive)
+        got = tuple(own[name].shape) if name in own else None
+        if got != wanted:
+            has = "does not have it" if got is None else f"has {got}"
+            raise PlanError(
+                f"{name}: the plan leaves shape {wanted}, {type(small).__name__} {has}; save what compact returned "
+                "for this plan (compose_plans makes one plan of two)"
+            )
+
+
+def _scales(model: nn.Module) -> dict[str, float]:
+    """The constants that compaction put in to keep attention scales: they are in no state dict."""
+    return {name: m.factor for name, m in model.named_modules() if isinstance(m, Scale)}
 
 
 def load(
@@ -80,7 +110,7 @@ def load(
     Args:
         path: What :func:`save` wrote.
         fresh_model: The original architecture, at its original widths.
-        example_inputs: Inputs to comb with; default: zeros of the stored shapes and dtypes.
+        example_inputs: Inputs to comb with; default: tensors of the stored shapes and dtypes, without memory.
         graph: Graph of ``fresh_model`` where it was combed with options (``ignore``, ``on_unknown``).
 
     Returns:
@@ -88,15 +118,13 @@ def load(
 
     Raises:
         FileFormatError: If the file is missing, corrupt, truncated, from a future version, or of another model.
+        UnsupportedOpError: If the model holds an operator without a rule; pass the ``graph`` then.
     """
     where = str(path)
     tensors, head = read_tensors(Path(path), FORMAT, VERSION)
     plan = PrunePlan.from_json(str(head.get("plan")), f"{where}: plan")
     if graph is None:
-        device = next((p.device for p in fresh_model.parameters()), torch.device("cpu"))
-        if example_inputs is None:
-            example_inputs = _zeros(head.get("inputs"), device, where)
-        graph = comb(fresh_model, example_inputs)
+        graph = _comb_again(fresh_model, example_inputs, head.get("inputs"), where)
     if graph.fingerprint != head.get("fingerprint"):
         raise FileFormatError(
             f"{where}: belongs to another model: the file has fingerprint {head.get('fingerprint')}, "
@@ -107,7 +135,38 @@ def load(
     except CpdError as e:
         raise FileFormatError(f"{where}: its plan does not fit {type(fresh_model).__name__}: {e}") from e
     _load_strictly(small, tensors, graph.aliases, where)
+    _check_scales(small, head.get("scales", {}), where)
     return small
+
+
+def _comb_again(model: nn.Module, example_inputs: Any, spec: Any, where: str) -> ChannelGraph:
+    if example_inputs is not None:
+        return comb(model, example_inputs)
+    inputs = _without_memory(spec, where)
+    try:
+        return comb(model, inputs)
+    except TraceError as e:
+        raise FileFormatError(
+            f"{where}: {type(model).__name__} does not run on the example inputs of the file ({e}); "
+            "build the model as it was before pruning, or pass example_inputs"
+        ) from e
+
+
+def _check_scales(small: nn.Module, stored: Any, where: str) -> None:
+    """Attention scales that the file was saved with must be those that its plan gives; old files have none stored.
+
+    Raises:
+        FileFormatError: If one is not.
+    """
+    made = _scales(small)
+    if not isinstance(stored, dict) or not all(isinstance(v, float) for v in stored.values()):
+        raise FileFormatError(f"{where}: its attention scales cannot be read")
+    for name in {**made, **stored} if stored else ():
+        if abs(made.get(name, 1.0) - stored.get(name, 1.0)) > 1e-6 * made.get(name, 1.0):
+            raise FileFormatError(
+                f"{where}: {name}: its attention scale is {stored.get(name, 1.0):g}, the plan gives "
+                f"{made.get(name, 1.0):g}; save with the plan of the original (compose_plans makes one of two)"
+            )
 
 
 def _load_strictly(small: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], where: str) -> None:
@@ -154,24 +213,34 @@ def _spec_of_shapes(shapes: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
     return items[0] if len(items) == 1 else {"kind": "tuple", "items": items}
 
 
-def _zeros(spec: Any, device: torch.device, where: str) -> Any:
-    """Example inputs of a stored spec, which is data of unknown origin.
+def _without_memory(spec: Any, where: str) -> Any:
+    """Example inputs of a stored spec, which is data of unknown origin, on the meta device.
 
     Raises:
         FileFormatError: If it is no spec, or asks for too much.
     """
-    try:
+    left = MAX_INPUTS
+
+    def build(spec: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise FileFormatError(f"{where}: asks for more than {MAX_INPUTS} example inputs; pass example_inputs")
         if spec["kind"] == "tuple":
-            return tuple(_zeros(s, device, where) for s in spec["items"])
+            return tuple(build(s) for s in spec["items"])
         if spec["kind"] == "dict":
-            return {k: _zeros(s, device, where) for k, s in spec["items"].items()}
-        shape, dtype = [int(s) for s in spec["shape"]], getattr(torch, spec["dtype"])
-        count = 1
-        for s in shape:
-            count *= s
-        if not isinstance(dtype, torch.dtype) or min(shape, default=0) < 0 or count > MAX_INPUT_ELEMENTS:
-            raise FileFormatError(f"{where}: cannot use example inputs of shape {shape}, dtype {spec['dtype']}")
-        return torch.zeros(shape, dtype=dtype, device=device)
+            return {str(k): build(s) for k, s in spec["items"].items()}
+        shape, dtype = list(spec["shape"]), DTYPES.get(spec["dtype"])
+        fits = len(shape) <= MAX_INPUT_DIMS and all(type(s) is int and 0 <= s <= MAX_INPUT_ELEMENTS for s in shape)
+        if dtype is None or not fits or math.prod(shape) > MAX_INPUT_ELEMENTS:
+            raise FileFormatError(
+                f"{where}: cannot use example inputs of shape {reprlib.repr(shape)}, "
+                f"dtype {reprlib.repr(spec['dtype'])}; pass example_inputs"
+            )
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    try:
+        return build(spec)
     except FileFormatError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError, OverflowError) as e:
@@ -206,7 +275,8 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
         with safe_open(path, framework="pt") as f:
             meta = json.loads((f.metadata() or {}).get(META, "{}"))
             found = (meta.get("format"), meta.get("version"))
-            tensors = {name: f.get_tensor(name) for name in f.keys()} if found == (kind, version) else {}
+            # Copies: tensors mapped from a file change with it, after they were checked or while they are used.
+            tensors = {name: f.get_tensor(name).clone() for name in f.keys()} if found == (kind, version) else {}
     except Exception as e:  # whatever the parser says of bytes that are no safetensors document, it is the file's fault
         raise FileFormatError(f"{path}: corrupt or truncated, not a safetensors file ({e})") from e
     if found[0] != kind:

@@ -400,8 +400,10 @@ class PrunePlan(Mapping[str, tuple[int, ...]]):
                 f"{where}: plan version {doc.get('version')!r}, this cpd_fast reads {PLAN_VERSION}; upgrade cpd_fast"
             )
         kept = doc.get("kept")
-        if not isinstance(kept, dict) or not all(isinstance(v, list) for v in kept.values()):
-            raise FileFormatError(f"{where}: 'kept' must map group names to lists of channels")
+        if not isinstance(kept, dict) or not all(
+            isinstance(v, list) and all(type(i) is int for i in v) for v in kept.values()
+        ):
+            raise FileFormatError(f"{where}: 'kept' must map group names to lists of channels (whole numbers)")
         try:
             return cls(kept, str(doc.get("fingerprint")))
         except PlanError as e:

@@ -9,7 +9,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 import cpd_fast as cpd
-from cpd_fast.errors import FileFormatError
+from cpd_fast.errors import FileFormatError, PlanError
 from cpd_fast.store import FORMAT, VERSION, load, pack_tensors, read_tensors, save, write_atomically
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -46,6 +46,27 @@ def test_round_trip_is_exact(saved):
     assert again(X).equal(small(X))
     assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in model.parameters())
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
+
+
+def test_state_dict_round_trip(saved):
+    """The plan rebuilds the structure, the state dict the rest: what torch.save users have."""
+    model = fresh()
+    graph = cpd.comb(model, X)
+    other = cpd.compact(model, graph, cpd.random_plan(graph, keep=0.5))
+    assert not other(X).equal(saved[1](X))
+    other.load_state_dict(saved[1].state_dict())
+    assert other(X).equal(saved[1](X))
+
+
+def test_network_that_is_not_what_the_plan_leaves(tmp_path):
+    model = fresh()
+    graph = cpd.comb(model, X)
+    small = cpd.compact(model, graph, cpd.random_plan(graph, keep=0.5))
+    with pytest.raises(
+        PlanError, match=r"0\.weight: the plan leaves shape \(2, 3, 3, 3\), Sequential has \(4, 3, 3, 3\)"
+    ):
+        save(tmp_path / "small", small, graph, cpd.random_plan(graph, keep=0.25))
+    assert not (tmp_path / "small").exists()
 
 
 def test_inputs_of_several_tensors_are_remembered(tmp_path):
@@ -134,11 +155,16 @@ def test_tensors_must_fit(saved, change, message):
         ({"plan": "{}"}, "not a cpd_fast plan"),
         ({"plan": None}, "not a (JSON document|cpd_fast plan)"),
         ({"inputs": {"kind": "tensor", "shape": [1 << 40], "dtype": "float32"}}, "cannot use example inputs of shape"),
+        (
+            {"inputs": {"kind": "tensor", "shape": [1, 5, 6, 6], "dtype": "float32"}},
+            "does not run on the example inputs",
+        ),
+        ({"scales": {"0": "1"}}, "attention scales cannot be read"),
         ({"inputs": {"kind": "tensor", "shape": [1], "dtype": "load"}}, "cannot use example inputs"),
         ({"inputs": 3}, "example inputs cannot be read"),
         ({"fingerprint": "x"}, "belongs to another model"),
     ],
-    ids=["plan", "no-plan", "huge", "dtype", "inputs", "fingerprint"],
+    ids=["plan", "no-plan", "huge", "misfit", "scales", "dtype", "inputs", "fingerprint"],
 )
 def test_head_must_make_sense(saved, head, message):
     forge(saved[0], **head)

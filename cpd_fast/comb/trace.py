@@ -354,6 +354,8 @@ def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Keep ``tracer.stack`` at the module whose forward runs."""
     handles = []
     for name, m in clone.named_modules():
+        if getattr(m, "keeps_attention_scale", False):  # of an earlier compaction: an identity with a constant
+            tracer.transparent |= {name}
 
         def enter(_m: nn.Module, args: Any, name: str = name) -> None:
             if name and args and isinstance(args[0], Tensor) and not tracer._suspended:
@@ -369,7 +371,8 @@ def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
             if name in tracer.transparent:
                 tracer._suspended = False
                 tracer.set_state(out, tracer.state(args[0]))
-            if type(m) is nn.Identity and isinstance(out, Tensor) and name not in tracer.transparent:
+            keeps_scale = type(m) is nn.Identity or getattr(m, "keeps_attention_scale", False)
+            if keeps_scale and isinstance(out, Tensor) and not tracer.replay:
                 tracer.set_state(out, replace(tracer.state(out), identity=name))
 
         handles.append(m.register_forward_pre_hook(enter))

@@ -26,6 +26,8 @@ class Scale(nn.Module):
         factor: sqrt(kept head dims / original head dims), dimensionless.
     """
 
+    keeps_attention_scale = True  # comb looks through it, and another compaction multiplies its factor
+
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.factor = factor
@@ -117,7 +119,7 @@ def _fit_modules(small: nn.Module, graph: ChannelGraph, plan: PrunePlan, identit
     """Make the modules fit tensors that are cut already, and prove it; ``identities`` become scales."""
     alive = graph.alive(plan)
     for name, factor in identities.items():
-        small.set_submodule(name, Scale(factor))
+        small.set_submodule(name, Scale(factor * getattr(small.get_submodule(name), "factor", 1.0)))
     repair_known(small, graph, alive)
     repair(small, graph, plan, Replayer(small, graph, alive, frozenset(identities)))
 

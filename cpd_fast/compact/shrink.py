@@ -53,6 +53,14 @@ def make_cut(tensor: TensorMap, alive: np.ndarray) -> Cut | None:
     return cut_grid
 
 
+def kept_shape(tensor: TensorMap, alive: np.ndarray) -> tuple[int, ...]:
+    """The shape that the surviving elements of a tensor have."""
+    keep = np.ones((1,) * len(tensor.shape), bool)
+    for m in tensor.maps:
+        keep = keep & alive[m]
+    return tuple(box_shape(keep, tensor.shape))
+
+
 def box_shape(keep: np.ndarray, full: tuple[int, ...] | None = None) -> list[int]:
     """Shape of what remains: rows may keep different columns along one dim, but equally many.
 
