@@ -26,6 +26,8 @@ from cpd_fast.errors import FileFormatError, PlanError, ScoreError
 
 # functions whose result depends on how many channels there are, and which masked execution can run over kept ones
 NORMALISING = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "mean", "sum", "norm", "var", "std"})
+# products whose first argument a masked execution can clear where channels are removed
+PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "linear", "scaled_dot_product_attention"})
 
 PLAN_FORMAT = "cpd_fast.plan"
 PLAN_VERSION = 1
@@ -138,7 +140,7 @@ class TraceStep:
 
 @dataclass(frozen=True, eq=False)
 class NormSite:
-    """A call whose result depends on how many channels there are (one of ``NORMALISING``).
+    """A call whose result depends on how many channels there are (one of ``NORMALISING`` or ``PRODUCTS``).
 
     ``op`` is the ``__name__`` of the function, ``call`` counts its calls with ``module`` innermost during one forward
     of the model; ``channels`` is a channel map that broadcasts to its input.

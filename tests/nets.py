@@ -486,4 +486,5 @@ def relative_error(a: object, b: object) -> float:
     """Largest difference of two outputs, relative to the largest entry."""
     pairs = list(zip(tensors_of(a), tensors_of(b), strict=True))
     assert pairs
-    return max(float((p - q).abs().max() / p.abs().max().clamp_min(1e-30)) for p, q in pairs)
+    errors = [((p - q).abs().max() / p.abs().max().clamp_min(1e-30)).detach().double() for p, q in pairs]
+    return float(torch.stack(errors).max())  # NaN where any is

@@ -69,8 +69,10 @@ def _comb(
     shapes = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
     store = LabelStore()
     planes: dict[str, list[Plane]] = {}
-    eval_trace = _trace(model, example_inputs, store, planes, on_unknown, granularity == "head", False, hooks)
-    train_trace = _trace(model, example_inputs, store, planes, on_unknown, granularity == "head", True, hooks)
+    unmasked: set[str] = set()
+    heads = granularity == "head"
+    eval_trace = _trace(model, example_inputs, store, planes, unmasked, on_unknown, heads, False, hooks)
+    train_trace = _trace(model, example_inputs, store, planes, unmasked, on_unknown, heads, True, hooks)
     order = list(dict.fromkeys([*eval_trace.order, *train_trace.order]))
     _freeze_ignored(model, ignore, planes, store)
     sites = {(s.module, s.op, s.call): s for s in [*train_trace.sites, *eval_trace.sites]}
@@ -90,7 +92,7 @@ def _comb(
 
     parameters = {n for n, _ in model.named_parameters()}
     tensors = {
-        n: TensorMap(n, shapes[n], to_maps(p.labels for p in planes[n]), n in parameters, n not in eval_trace.unmasked)
+        n: TensorMap(n, shapes[n], to_maps(p.labels for p in planes[n]), n in parameters, n not in unmasked)
         for n in order
     }
     mapped = {n for n, t in tensors.items() if t.maps and t.is_parameter}
@@ -133,6 +135,7 @@ def _trace(
     example_inputs: Any,
     store: LabelStore,
     planes: dict[str, list[Plane]],
+    unmasked: set[str],
     on_unknown: str,
     heads: bool,
     training: bool,
@@ -140,7 +143,7 @@ def _trace(
 ) -> Tracer:
     clone = clone_to_meta(model, hooks=hooks).train(training)
     ids, _ = tensor_names(clone)
-    tracer = Tracer(store, ids, planes, heads)
+    tracer = Tracer(store, ids, planes, heads, unmasked)
     tracer.on_unknown = on_unknown
     args, kwargs = example_args(example_inputs)
     try:

@@ -5,6 +5,8 @@ Nothing is decided while tracing: unions, freezes and grids are only recorded, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from cpd_fast.errors import CompactError
@@ -15,6 +17,7 @@ class LabelStore:
 
     def __init__(self) -> None:
         self.count = 0
+        self.where: Callable[[], str] = str  # module and line of the running call
         self.reasons: list[str] = []
         self._pairs: list[np.ndarray] = []
         self._frozen: list[tuple[np.ndarray, int]] = []

@@ -19,10 +19,18 @@ from cpd_fast.comb.labels import LabelStore
 
 @dataclass(frozen=True, eq=False)
 class Plane:
-    """Labels that broadcast to a tensor; ``fast`` is the only dim along which rows may differ in what they keep."""
+    """Labels that broadcast to a tensor; ``fast`` is the only dim along which rows may differ in what they keep.
+
+    ``zero``: in a masked forward the tensor is 0 wherever the channel is removed. Unknown means False.
+    """
 
     labels: np.ndarray
     fast: int
+    zero: bool = False
+
+    def moved(self, labels: np.ndarray, fast: int) -> Plane:
+        """The plane of a tensor of the same values elsewhere."""
+        return Plane(labels, fast, self.zero)
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -78,20 +86,29 @@ def collapse(store: LabelStore, plane: Plane) -> np.ndarray:
 
 
 def meet(
-    store: LabelStore, states: list[State], shapes: list[tuple[int, ...]], out: tuple[int, ...], heads: bool = False
+    store: LabelStore,
+    states: list[State],
+    shapes: list[tuple[int, ...]],
+    out: tuple[int, ...],
+    heads: bool = False,
+    zero: str = "",
 ) -> State:
     """Elementwise meeting of broadcast operands: labels at equal positions of equal dims are united.
 
-    ``heads`` decides what a row of a grid is that meets something smaller: a channel of its own, or fixed.
+    ``heads`` decides what a row of a grid is that meets something smaller: a channel of its own, or fixed. ``zero``
+    says when the result is 0 at removed channels: where ``any`` operand is (a product), where ``all`` are (a sum),
+    where the ``first`` is, or (by default) never for all that is known.
     """
     ndim = len(out)
     labelled: list[Plane] = []
     free: set[int] = set()
     constant = set(range(ndim))
+    operands: list[list[Plane]] = []
     for state, shape in zip(states, shapes, strict=True):
         shift = ndim - len(shape)
-        mine = [Plane(p.labels.reshape((1,) * shift + p.labels.shape), p.fast + shift) for p in state.planes]
+        mine = [p.moved(p.labels.reshape((1,) * shift + p.labels.shape), p.fast + shift) for p in state.planes]
         labelled += mine
+        operands.append(mine)
         varying = {d for p in mine for d in p.dims}
         for d, size in enumerate(shape, shift):
             if size > 1 and d - shift not in state.constant:
@@ -102,10 +119,17 @@ def meet(
     for plane in labelled:
         touched = free.intersection(plane.dims)
         if touched:
-            store.freeze(plane.labels, "meets a dim that carries no channels (tokens, space, batch)")
+            store.freeze(plane.labels, f"meets a dim that carries no channels (tokens, space, batch) ({store.where()})")
         elif plane.dims:
             met = _add_plane(store, met, plane, heads)
+    judge = {"any": any, "all": all, "first": lambda facts: next(iter(facts))}.get(zero, lambda facts: False)
+    met = [replace(p, zero=judge(_is_zero(p, planes) for planes in operands)) for p in met]
     return State(tuple(met), frozenset(d for d in constant if out[d] > 1))
+
+
+def _is_zero(plane: Plane, planes: list[Plane]) -> bool:
+    """Whether a tensor with ``planes`` is 0 wherever channels of ``plane`` are removed."""
+    return any(q.zero and set(plane.dims) <= set(q.dims) for q in planes)
 
 
 def _add_plane(store: LabelStore, planes: list[Plane], new: Plane, heads: bool) -> list[Plane]:
@@ -148,7 +172,10 @@ def reshape(store: LabelStore, state: State, old: tuple[int, ...], new: tuple[in
     blocks = _match_dims(old, new)
     if blocks is None:
         for p in state.planes:
-            store.freeze(p.labels, "a reshape mixes this axis with others in a way that has no channel structure")
+            store.freeze(
+                p.labels,
+                f"a reshape mixes this axis with others in a way that has no channel structure ({store.where()})",
+            )
         return state.with_planes(())
     constant = {
         o for ins, outs in blocks for o in outs if new[o] > 1 and all(old[i] == 1 or i in state.constant for i in ins)
@@ -208,7 +235,7 @@ def _reshape_plane(
             labels = labels.take([0], d)
     dims = [d for d, s in enumerate(labels.shape) if s > 1]
     inner = [d for d in (fast or []) if d in dims]
-    result = Plane(labels, inner[-1] if inner else dims[-1] if dims else 0)
+    result = plane.moved(labels, inner[-1] if inner else dims[-1] if dims else 0)
     if len(dims) > 1:
         record_grid(store, result)
     return result
@@ -221,7 +248,7 @@ def record_grid(store: LabelStore, plane: Plane, whole_rows: bool = True) -> Non
 
 def permute(state: State, order: list[int]) -> State:
     """Dim ``i`` of the result is dim ``order[i]`` of the input."""
-    planes = [Plane(p.labels.transpose(order), order.index(p.fast)) for p in state.planes]
+    planes = [p.moved(p.labels.transpose(order), order.index(p.fast)) for p in state.planes]
     return state.with_planes(planes, frozenset(i for i, d in enumerate(order) if d in state.constant))
 
 

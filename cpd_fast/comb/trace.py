@@ -35,7 +35,7 @@ from cpd_fast.comb.labels import LabelStore
 from cpd_fast.comb.planes import Plane, State, collapse, constant_state, freeze_dims, meet, orbit
 from cpd_fast.comb.sizes import SIZED_CALLS, sizes_of
 from cpd_fast.errors import CpdError, TraceError, UnsupportedOpError
-from cpd_fast.types import NORMALISING
+from cpd_fast.types import NORMALISING, PRODUCTS
 
 
 class Tracer(TorchDispatchMode):
@@ -47,9 +47,17 @@ class Tracer(TorchDispatchMode):
 
     replay = False  # whether labels are those of a compacted model
 
-    def __init__(self, store: LabelStore, tensors: dict[int, str], planes: dict[str, list[Plane]], heads: bool) -> None:
+    def __init__(
+        self,
+        store: LabelStore,
+        tensors: dict[int, str],
+        planes: dict[str, list[Plane]],
+        heads: bool,
+        unmasked: set[str] | None = None,
+    ) -> None:
         super().__init__()
         self.store, self.planes, self.heads = store, planes, heads
+        store.where = self.where
         self.tensors = tensors
         self.states: dict[int, State] = {}
         self.alive: list[Tensor] = []  # ids are reused once a tensor dies
@@ -57,13 +65,15 @@ class Tracer(TorchDispatchMode):
         self.sized = [0]  # calls with sizes so far, in the forward of each module of the stack
         self.terms: list[Term] = []
         self.steps: list[Step] = []
-        self.unmasked: set[str] = set()  # parameters that a mask must leave alone
+        # parameters that a mask must leave alone, shared like ``planes``
+        self.unmasked: set[str] = set() if unmasked is None else unmasked
         self.transparent: frozenset[str] = frozenset()  # modules that a replay looks through
         self.sites: list[Site] = []
         self.attention: list[AttentionSite] = []
         self.on_unknown = "error"
         self.function: tuple[str, int] = ("", 0)  # running function and its number within the module
         self._suspended = False
+        self._written: set[int] = set()  # ids of tensors that were written in place with something else than 0
         self.output_shapes: tuple[tuple[int, ...], ...] = ()
         self.order: list[str] = []  # parameters and buffers by first use
 
@@ -73,6 +83,9 @@ class Tracer(TorchDispatchMode):
         """What is known of a tensor; a tensor made outside the trace is free."""
         known = self.states.get(id(t))
         if known is not None:
+            base = t if t._base is None else t._base
+            if id(base) in self._written and any(p.zero for p in known.planes):
+                return replace(known, planes=tuple(replace(p, zero=False) for p in known.planes))
             return known
         name = self.tensors.get(id(t))
         if name is not None and not t.is_floating_point() and not t.is_complex():
@@ -81,9 +94,30 @@ class Tracer(TorchDispatchMode):
             state = State() if t.numel() > 1 else constant_state(t.dim())
         else:
             self.order.append(name)
-            state = State(tuple(self.param_planes(name, tuple(t.shape))), source=name)
+            planes = self.param_planes(name, tuple(t.shape))
+            zero = isinstance(t, nn.Parameter) and name not in self.unmasked
+            state = State(tuple(replace(p, zero=zero) for p in planes), source=name)
         self.set_state(t, state)
         return state
+
+    def not_zero(self, t: Tensor) -> None:
+        """Note an in-place write: ``t`` and what shares its memory need not be 0 at removed channels any more."""
+        base = t if t._base is None else t._base
+        self._written.add(id(base))
+        self.alive.append(base)
+
+    def avoid_zero(self, t: Tensor, what: str) -> None:
+        """For operators with a pole at 0: a parameter that nothing has read yet is left unmasked, others freeze."""
+        name = self.tensors.get(id(t))
+        fresh = name not in self.planes
+        state = self.state(t)
+        if not any(p.zero for p in state.planes):
+            return
+        if name is not None and fresh and max(t.shape) == t.numel():
+            self.unmasked.add(name)
+            self.set_state(t, replace(state, planes=tuple(replace(p, zero=False) for p in state.planes)))
+        else:
+            self.freeze_all(t, f"{what} has a pole where removed channels are 0")
 
     def param_planes(self, name: str, shape: tuple[int, ...]) -> list[Plane]:
         """The planes of a parameter: fresh labels for every dim the first time it is seen."""
@@ -100,10 +134,10 @@ class Tracer(TorchDispatchMode):
         self.states[id(t)] = state
         self.alive.append(t)
 
-    def meet(self, *tensors: Tensor, out: Tensor) -> State:
-        """Elementwise meeting of broadcast tensors."""
+    def meet(self, *tensors: Tensor, out: Tensor, zero: str = "") -> State:
+        """Elementwise meeting of broadcast tensors; ``zero`` as in :func:`cpd_fast.comb.planes.meet`."""
         shapes = [tuple(t.shape) for t in tensors]
-        return meet(self.store, [self.state(t) for t in tensors], shapes, tuple(out.shape), self.heads)
+        return meet(self.store, [self.state(t) for t in tensors], shapes, tuple(out.shape), self.heads, zero)
 
     def freeze_dims(self, t: Tensor, dims: set[int], reason: str) -> State:
         """The state of ``t`` with everything that varies over ``dims`` frozen."""
@@ -124,7 +158,7 @@ class Tracer(TorchDispatchMode):
                 labels = p.labels
                 for d in mixed:
                     labels = labels.take([0], d)
-                p = Plane(labels, dim if p.fast in mixed else p.fast)
+                p = p.moved(labels, dim if p.fast in mixed else p.fast)
             planes.append(p)
         self.set_state(t, replace(state, planes=tuple(planes)))
         return self.freeze_dims(t, mixed, reason)
@@ -156,6 +190,19 @@ class Tracer(TorchDispatchMode):
             return
         self.sites.append(Site(self.module, name, call, planes[0].labels))
 
+    def add_product_site(self, labels: list[np.ndarray], shape: tuple[int, ...] | None, reason: str) -> None:
+        """Note that a masked forward must clear removed channels in the first argument of the running function.
+
+        ``shape`` is that of the argument; None where it is none. What cannot be cleared there is frozen.
+        """
+        name, call = self.function
+        possible = shape is not None and name in PRODUCTS and len(labels) == 1
+        if possible and all(s == 1 for s in labels[0].shape[: labels[0].ndim - len(shape or ())]):
+            self.sites.append(Site(self.module, name, call, labels[0].reshape(labels[0].shape[-len(shape or ()) :])))
+        else:
+            for found in labels:
+                self.store.freeze(found, f"{reason} ({self.where()})")
+
     def reduce_planes(self, planes: tuple[Plane, ...], dims: set[int]) -> list[Plane]:
         """What is left of planes, in the same rank, once ``dims`` are summed over."""
         kept = []
@@ -168,7 +215,7 @@ class Tracer(TorchDispatchMode):
                 else:  # rows of the grid stay: labels that never go, so that they are not taken for a free dim
                     shape = [1 if d == p.fast else s for d, s in enumerate(p.labels.shape)]
                     labels = self.store.pinned(prod(shape)).reshape(shape)
-                kept.append(Plane(labels, p.rows[-1]))
+                kept.append(p.moved(labels, p.rows[-1]))
             elif not dims.issuperset(p.dims):
                 self.store.freeze(p.labels, f"summed over the rows of a grid ({self.where()})")
         return kept

@@ -238,7 +238,7 @@ class _NormMode(TorchFunctionMode):
         keep = self._keep.get(site)
         if keep is None:
             return func(*args, **kwargs)
-        x = args[0] if args else kwargs.pop("input")
+        x = args[0] if args else kwargs.pop("query" if "query" in kwargs else "input")
         wide = x.dtype if x.dtype == torch.float64 else torch.float32
         if keep.device != x.device or keep.dtype != wide:
             keep = self._keep[site] = keep.to(x.device, wide)

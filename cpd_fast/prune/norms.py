@@ -82,7 +82,9 @@ def batch_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    """Batch statistics over the kept positions (standardised weights)."""
+    """Batch statistics over the kept positions (standardised weights, tokens as channels)."""
+    if not training and running_mean is not None:
+        return torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     dims = (0, *range(2, x.dim()))
     mask = keep.expand(x.shape)
     out = _standardise(mask, _wide(x), dims, eps)
@@ -140,6 +142,21 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
+def matmul(keep: Tensor, x: Tensor, other: Tensor) -> Tensor:
+    """x @ other, x cleared at removed positions."""
+    return torch.matmul(x * keep.to(x.dtype), other)
+
+
+def linear(keep: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, x cleared at removed positions."""
+    return torch.nn.functional.linear(x * keep.to(x.dtype), weight, bias)
+
+
+def attention(keep: Tensor, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Scaled dot product attention, queries cleared at removed positions."""
+    return torch.nn.functional.scaled_dot_product_attention(query * keep.to(query.dtype), *args, **kwargs)
+
+
 # __name__ of the function as called (torch.mean and Tensor.mean alike) -> what runs instead
 MASKED: dict[str, Callable[..., Tensor]] = {
     "layer_norm": layer_norm,
@@ -151,4 +168,9 @@ MASKED: dict[str, Callable[..., Tensor]] = {
     "norm": norm,
     "var": var,
     "std": std,
+    "matmul": matmul,
+    "__matmul__": matmul,
+    "bmm": matmul,
+    "linear": linear,
+    "scaled_dot_product_attention": attention,
 }

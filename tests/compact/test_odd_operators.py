@@ -30,6 +30,14 @@ def shape_of(x):
     return x.shape[1]
 
 
+def tokens(x):
+    return x.flatten(2).transpose(1, 2)
+
+
+def image(x):
+    return x.transpose(1, 2).reshape(2, -1, 8, 8)
+
+
 EXACT = {
     "instance_norm": Net(lambda s, x: s.n(x), 8, 8, n=nn.InstanceNorm2d(8, affine=True)),
     "instance_norm_tracking": Net(lambda s, x: s.n(x), 8, 8, n=nn.InstanceNorm2d(8, track_running_stats=True)),
@@ -61,8 +69,28 @@ EXACT = {
     "non_local": Net(lambda s, x: (lambda v: (v.flatten(2) @ (s.q(x).flatten(2).transpose(1, 2) @ s.k(x).flatten(
         2)).softmax(-1).transpose(1, 2)).view_as(v))(s.v(x)), 8, 8,
         q=nn.Conv2d(8, 4, 1), k=nn.Conv2d(8, 4, 1), v=nn.Conv2d(8, 8, 1)),
+    # nothing that a mask holds at 0 stands between these and the sum over channels
+    "linear_attention": Net(lambda s, x: (lambda q, k, v: image(q @ (k.transpose(1, 2) @ v)))(
+        F.elu(tokens(s.q(x))) + 1, F.elu(tokens(s.k(x))) + 1, tokens(s.v(x))), 8, 8,
+        q=nn.Conv2d(8, 6, 1), k=nn.Conv2d(8, 6, 1), v=nn.Conv2d(8, 8, 1)),
+    "attention_of_sigmoids": Net(lambda s, x: F.scaled_dot_product_attention(
+        s.q(tokens(x)).sigmoid(), s.k(tokens(x)).sigmoid(), tokens(x), scale=0.3).transpose(1, 2).reshape(2, -1, 8, 8),
+        8, 8, q=nn.Linear(8, 4), k=nn.Linear(8, 4)),
+    "products_of_cosines": Net(lambda s, x: (tokens(x.cos()) @ s.n(x).cos().flatten(2)).mean(2).view(2, 1, 8, 8),
+                               8, 1, n=nn.Conv2d(8, 8, 1)),
+    "computed_linear": Net(lambda s, x: image(F.linear(tokens(x).cos(), s.n(x).mean((2, 3))[:1].cos())).reshape(
+        2, 1, 8, 8), 8, 1, n=nn.Conv2d(8, 8, 1)),
+    "batch_norm_of_tokens": Net(lambda s, x: image(s.n(tokens(x))), 8, 8,
+                                n=nn.BatchNorm1d(64)),
+    "written_after_it_was_cleared": Net(lambda s, x: (lambda z: (z.add_(1), tokens(z) @ s.n(x).sigmoid().flatten(2)))(
+        x.clone())[1].mean(2).view(2, 1, 8, 8), 8, 1, n=nn.Conv2d(8, 8, 1)),
+    "divided_by_a_parameter": Net(lambda s, x: x / s.b, 8, 8, b=nn.Parameter(torch.rand(8, 1, 1) + 0.5)),
 }  # fmt: skip
 FROZEN = {
+    "divided_by_channels": (Net(lambda s, x: x / s.n(x).mean((2, 3), keepdim=True), 8, 8, n=nn.Conv2d(8, 8, 1)),
+                            "div has a pole"),
+    "einsum_of_cosines": (Net(lambda s, x: torch.einsum("nchw,nchw->nhw", x.cos(), s.n(x).cos())[:, None], 8, 1,
+                              n=nn.Conv2d(8, 8, 1)), "neither factor of which is 0"),
     "normalize": (Net(lambda s, x: F.normalize(x, dim=1), 8, 8), "normalize over this axis"),
     "cumsum": (Net(lambda s, x: x.cumsum(1), 8, 8), "cumsum over this axis"),
     "flip": (Net(lambda s, x: x.flip(1), 8, 8), "rolled or flipped"),
@@ -91,6 +119,13 @@ def test_exact(net, keep):
     small = compact(model, graph, plan)
     with torch.no_grad(), masked(model, graph, plan) as m:
         assert relative_error(m(x), small(x)) < 1e-10
+    seen, got = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with masked(model, graph, plan) as m:
+        m(seen).square().sum().backward()
+    small(got).square().sum().backward()
+    assert relative_error(seen.grad, got.grad) < 1e-10
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    model.zero_grad()
 
 
 @pytest.mark.parametrize("net", FROZEN)

@@ -10,7 +10,7 @@ from cpd_fast.pipeline import comb
 from cpd_fast.prune import masked
 from cpd_fast.prune.norms import MASKED
 from cpd_fast.schedule import random_plan
-from cpd_fast.types import NORMALISING
+from cpd_fast.types import NORMALISING, PRODUCTS
 from tests.nets import informative, relative_error
 
 KEPT = torch.tensor([True, False, True, True, False, True])
@@ -18,7 +18,7 @@ X = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0)).double()
 
 
 def test_every_function_that_comb_lets_pass_can_be_masked():
-    assert MASKED.keys() == NORMALISING
+    assert MASKED.keys() == NORMALISING | PRODUCTS
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import nan
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,10 @@ from cpd_fast.comb.trace import Tracer
 def pointwise(t: Tracer, call: Call) -> Any:
     """Index by index; an in-place result replaces what was known of its first argument."""
     tensors = tensors_of(call)
+    name = call.op.split(".")[-1].rstrip("_")
+    pole = POLES.get(name, 0 if name == "pow" and not _exponent(call) >= 1 else len(tensors))
+    if pole < len(tensors):
+        t.avoid_zero(tensors[pole], name)
     outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
     if not tensors:
         return [constant_state(o.dim()) for o in outs]
@@ -35,11 +40,46 @@ def pointwise(t: Tracer, call: Call) -> Any:
     if call.op.endswith("_") and t.state(target).constant and target._is_view():
         for other in tensors[1:]:
             t.freeze_all(other, "written in place into a part of another tensor")
-    state = t.meet(*tensors, out=outs[0])
+    state = t.meet(*tensors, out=outs[0], zero=_zero(name, tensors, call))
+    if call.op.endswith("_") and any(p.zero for p in t.state(target).planes) and not all(p.zero for p in state.planes):
+        t.not_zero(target)
     if call.op.rstrip("_") == "aten.add" and len(tensors) == 2 and (bias := t.state(tensors[1]).source):
         return replace(state, scaled_by=(*before, bias) if (before := t.state(target).scaled_by) else ())
     scalar = call.op.rstrip("_") in ("aten.mul", "aten.div", "aten.neg") and len(tensors) == 1
     return replace(state, scaled_by=t.state(target).scaled_by) if scalar else state
+
+
+# operand that must not be 0, in the forward or the backward
+POLES = {"div": 1, "fmod": 1, "remainder": 1} | dict.fromkeys("log log2 log10 sqrt rsqrt reciprocal logit".split(), 0)
+ODD = frozenset(  # f(0) = 0
+    "neg abs relu gelu silu mish tanh sinh sin tan asin asinh atan atanh sqrt square elu selu celu leaky_relu "
+    "hardswish hardshrink softshrink sign sgn round floor ceil trunc frac expm1 log1p erf erfinv dropout nan_to_num "
+    "rrelu _prelu_kernel positive conj_physical".split()
+)
+
+
+def _zero(name: str, tensors: list[Tensor], call: Call) -> str:
+    """When the result of an elementwise call is 0 at removed channels, given that its operands are."""
+    numbers = [v for v in (*call.args[1:], *call.kwargs.values()) if isinstance(v, (int, float))]
+    if name == "mul":
+        return "any"
+    if name in ("div", "fmod", "remainder", *ODD):
+        return "first"
+    if name in ("maximum", "minimum", "where", "lerp", "max", "min") or (name in ("add", "sub") and len(tensors) > 1):
+        return "all"
+    if len(tensors) == 1 and name in ("hardtanh", "relu6", "clamp", "clamp_min", "clamp_max"):
+        low = call.arg(1, "min_val" if name == "hardtanh" else "min") if name != "clamp_max" else None
+        high = call.arg(1 if name == "clamp_max" else 2, "max_val" if name == "hardtanh" else "max")
+        return "first" if (low or 0) <= 0 <= (high or 0) else ""
+    if name == "pow":
+        return "first" if _exponent(call) > 0 else ""
+    return "first" if name in ("add", "sub", "masked_fill") and not any(numbers) and len(tensors) == 1 else ""
+
+
+def _exponent(call: Call) -> float:
+    """The number that a tensor is raised to; NaN where that is a tensor."""
+    base, exponent = call.args[:2]
+    return exponent if isinstance(base, Tensor) and isinstance(exponent, (int, float)) else nan
 
 
 @register_rule("aten.native_dropout")
@@ -60,6 +100,8 @@ def same(t: Tracer, call: Call) -> State:
 def copy_(t: Tracer, call: Call) -> State:
     """dst.copy_(src)."""
     dst, src = call.args[0], call.args[1]
+    if dst._is_view() and not (t.state(src).planes and all(p.zero for p in t.state(src).planes)):
+        t.not_zero(dst)
     if dst._is_view() and t.state(src).planes:
         return t.meet(dst, src, out=dst) if t.state(dst).planes else t.freeze_all(src, "written in place")
     return replace(t.state(src) if src.shape == dst.shape else t.meet(dst, src, out=dst), source=None)
@@ -73,4 +115,6 @@ def copy_(t: Tracer, call: Call) -> State:
 )
 def created(t: Tracer, call: Call) -> State:
     """Made by the forward: meets anything."""
+    if call.op.endswith("_"):
+        t.not_zero(call.args[0])
     return constant_state(call.out.dim())

@@ -13,6 +13,8 @@ from cpd_fast.comb.planes import Plane, State, meet, permute, reshape
 from cpd_fast.comb.rules.common import POOLS, Shape, sources_of
 from cpd_fast.comb.trace import Tracer
 
+NOT_ZERO = "sums products over channels, neither factor of which is 0 once they are removed"
+
 
 @register_rule("aten.convolution", "aten.conv1d", "aten.conv2d", "aten.conv3d", "aten._convolution")
 def convolution(t: Tracer, call: Call) -> State:
@@ -33,6 +35,8 @@ def convolution(t: Tracer, call: Call) -> State:
         if cols is not None:
             if w_state.source:
                 t.store.consume(cols.labels)
+            elif not cols.zero and not all(p.zero for p in x_state.planes):
+                t.store.freeze(cols.labels, f"{NOT_ZERO} ({t.where()})")
             if x_labels is None:
                 t.store.freeze(cols.labels, "reads a model input or another axis without channels")
             else:
@@ -51,11 +55,13 @@ def convolution(t: Tracer, call: Call) -> State:
         state = State(constant=frozenset())
     else:
         shape = [out_channels if d == 1 else 1 for d in range(call.out.dim())]
-        state = State((Plane(out_labels.reshape(shape), 1),))
+        zero = all(p.zero for p in t.state(w).planes if p.dims == (side_out,))
+        state = State((Plane(out_labels.reshape(shape), 1, zero),))
     if bias is not None:
         bias_shape = (1, out_channels, *[1] * (call.out.dim() - 2))
         moved = reshape(t.store, t.state(bias), tuple(bias.shape), bias_shape)
-        state = meet(t.store, [state, moved], [tuple(call.out.shape), bias_shape], tuple(call.out.shape), t.heads)
+        full = tuple(call.out.shape)
+        state = meet(t.store, [state, moved], [full, bias_shape], full, t.heads, "all")
     return replace(state, scaled_by=scaled)
 
 
@@ -114,8 +120,14 @@ def _grouped(
     return rows
 
 
-def _contract(t: Tracer, a: State, shape_a: Shape, b: State, shape_b: Shape, out: Shape) -> State:
-    """a (*batch, M, K) @ b (*batch, K, N), batch broadcast: labels of K meet, batch dims meet, M and N remain."""
+def _contract(
+    t: Tracer, a: State, shape_a: Shape, b: State, shape_b: Shape, out: Shape, first: Tensor | None = None
+) -> State:
+    """a (*batch, M, K) @ b (*batch, K, N), batch broadcast: labels of K meet, batch dims meet, M and N remain.
+
+    Where neither side is known to be 0 at removed channels of K, a masked forward must clear them: in ``first``, the
+    tensor of a, if the running function takes it as its first argument; otherwise they are frozen.
+    """
     batch = len(out) - 2
 
     def lift(state: State, shape: Shape, absent: int) -> tuple[State, Shape]:
@@ -124,7 +136,7 @@ def _contract(t: Tracer, a: State, shape_a: Shape, b: State, shape_b: Shape, out
         for p in state.planes:
             labels = np.expand_dims(p.labels.reshape((1,) * shift + p.labels.shape), absent)
             fast = p.fast + shift
-            planes.append(Plane(labels, fast + (fast >= absent)))
+            planes.append(p.moved(labels, fast + (fast >= absent)))
         constant = {d + shift for d in state.constant}
         full = (1,) * shift + shape
         return State(tuple(planes), frozenset(d + (d >= absent) for d in constant)), (*full[:absent], 1, *full[absent:])
@@ -134,15 +146,26 @@ def _contract(t: Tracer, a: State, shape_a: Shape, b: State, shape_b: Shape, out
             for p in state.planes:
                 if p.labels.shape[inner] > 1:
                     t.store.consume(p.labels)
+    masked = {id(s): s if not s.source or s.source in t.unmasked else _as_zero(s) for s in (a, b)}
+    a, b = masked[id(a)], masked[id(b)]
     lifted = [lift(a, shape_a, batch + 2), lift(b, shape_b, batch)]  # (batch, M, K, 1), (batch, 1, K, N)
     joint = (*out[:batch], shape_a[-2], shape_a[-1], out[-1])
-    met = meet(t.store, [s for s, _ in lifted], [shape for _, shape in lifted], joint, t.heads)
+    met = meet(t.store, [s for s, _ in lifted], [shape for _, shape in lifted], joint, t.heads, "any")
+    open_planes = [p for p in met.planes if p.labels.shape[batch + 1] > 1 and not p.zero]
+    if open_planes:
+        labels = [p.labels.squeeze(batch + 2) for p in open_planes]
+        t.add_product_site(labels, shape_a if first is not None else None, NOT_ZERO)
     t.add_cost("macs", 1, joint, [p.labels for p in met.planes])
     planes = [
-        Plane(p.labels.squeeze(batch + 1), p.fast - (p.fast > batch + 1))
+        p.moved(p.labels.squeeze(batch + 1), p.fast - (p.fast > batch + 1))
         for p in t.reduce_planes(met.planes, {batch + 1})
     ]
     return State(tuple(planes), frozenset(d - (d > batch + 1) for d in met.constant if d != batch + 1))
+
+
+def _as_zero(state: State) -> State:
+    """A mask clears the columns of parameters, and of buffers that are read as columns."""
+    return replace(state, planes=tuple(replace(p, zero=True) for p in state.planes))
 
 
 def _matmul(t: Tracer, a: Tensor, b: Tensor, out: Tensor) -> State:
@@ -152,13 +175,13 @@ def _matmul(t: Tracer, a: Tensor, b: Tensor, out: Tensor) -> State:
         sa, shape_a, shape = reshape(t.store, sa, shape_a, (1, *shape_a)), (1, *shape_a), (*shape[:-1], 1, *shape[-1:])
     if b.dim() == 1:
         sb, shape_b, shape = reshape(t.store, sb, shape_b, (*shape_b, 1)), (*shape_b, 1), (*shape, 1)
-    state = _contract(t, sa, shape_a, sb, shape_b, shape)
+    state = _contract(t, sa, shape_a, sb, shape_b, shape, a if a.dim() > 1 else None)
     return reshape(t.store, state, shape, tuple(out.shape))
 
 
 def _add_bias(t: Tracer, state: State, bias: Tensor, out: Tensor) -> State:
     shape = tuple(out.shape)
-    return meet(t.store, [state, t.state(bias)], [shape, tuple(bias.shape)], shape, t.heads)
+    return meet(t.store, [state, t.state(bias)], [shape, tuple(bias.shape)], shape, t.heads, "all")
 
 
 @register_rule("function.linear")
@@ -169,7 +192,7 @@ def linear(t: Tracer, call: Call) -> State:
     sx, shape_x = t.state(x), tuple(x.shape)
     if x.dim() == 1:
         sx, shape_x, shape = reshape(t.store, sx, shape_x, (1, *shape_x)), (1, *shape_x), (1, *shape)
-    state = _contract(t, sx, shape_x, permute(t.state(w), [1, 0]), (w.shape[1], w.shape[0]), shape)
+    state = _contract(t, sx, shape_x, permute(t.state(w), [1, 0]), (w.shape[1], w.shape[0]), shape, x)
     state = reshape(t.store, state, shape, tuple(call.out.shape))
     if bias is not None:
         state = _add_bias(t, state, bias, call.out)
@@ -208,7 +231,7 @@ def attention(t: Tracer, call: Call) -> State:
     scores = (*call.out.shape[:-1], k.shape[-2])
     swapped = [*range(k.dim() - 2), k.dim() - 1, k.dim() - 2]
     shape_k = tuple(k.shape[d] for d in swapped)
-    state = _contract(t, t.state(q), tuple(q.shape), permute(t.state(k), swapped), shape_k, scores)
+    state = _contract(t, t.state(q), tuple(q.shape), permute(t.state(k), swapped), shape_k, scores, q)
     if t.replay and q.shape[-1] == 1:  # one dim a head left: its label would pass for the head's
         state = State()
     if mask is not None:
@@ -222,7 +245,7 @@ def embedding(t: Tracer, call: Call) -> State:
     w, index = call.args[:2]
     state = t.freeze_dims(w, {0}, "rows of a lookup table")
     n = index.dim()
-    planes = [Plane(p.labels.reshape([1] * n + [-1]), n) for p in state.planes]
+    planes = [p.moved(p.labels.reshape([1] * n + [-1]), n) for p in state.planes]
     return State(tuple(planes))
 
 
@@ -247,5 +270,5 @@ def index(t: Tracer, call: Call) -> State:
     for p in state.planes:
         labels = p.labels.squeeze(tuple(hit))
         labels = labels.reshape(*labels.shape[: hit[0]], *[1] * (len(hit) + shift), *labels.shape[hit[0] :])
-        planes.append(Plane(labels, p.fast + (shift if p.fast > hit[-1] else 0)))
+        planes.append(p.moved(labels, p.fast + (shift if p.fast > hit[-1] else 0)))
     return State(tuple(planes))

@@ -43,7 +43,14 @@ def _batch_norm(t: Tracer, x: Tensor, affine: Any, running: Any, training: bool)
             moved = reshape(t.store, t.state(p), tuple(p.shape), shape)
             state = meet(t.store, [state, moved], [tuple(x.shape), shape], tuple(x.shape), t.heads)
     t.add_site(x, [p for p in t.state(x).planes if set(p.dims) - {1}] if training else [])
-    return replace(state, scaled_by=sources_of(t, *affine))
+    cleared = all(isinstance(p, Tensor) and _cleared(t, p) for p in affine)
+    planes = tuple(replace(p, zero=cleared if p.dims == (1,) else training) for p in state.planes)
+    return replace(state, planes=planes, scaled_by=sources_of(t, *affine))
+
+
+def _cleared(t: Tracer, param: Tensor | None) -> bool:
+    """Whether a scale or shift is 0 at removed channels."""
+    return param is None or (bool(t.state(param).planes) and all(p.zero for p in t.state(param).planes))
 
 
 @register_rule("aten.native_layer_norm", "function.layer_norm", "function.rms_norm")
@@ -56,7 +63,9 @@ def layer_norm(t: Tracer, call: Call) -> Any:
     t.add_site(x, [p for p in t.state(x).planes if normalised.intersection(p.dims)])
     outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
     state = t.meet(x, *affine, out=outs[0])
-    state = replace(state, scaled_by=sources_of(t, *affine))
+    over = [bool(normalised.intersection(p.dims)) and _cleared(t, (*affine, None, None)[1]) for p in state.planes]
+    planes = tuple(replace(p, zero=zero) for p, zero in zip(state.planes, over, strict=True))
+    state = replace(state, planes=planes, scaled_by=sources_of(t, *affine))
     return [state, *(_drop(t, x, o) for o in outs[1:])] if isinstance(call.out, (tuple, list)) else state
 
 
@@ -66,7 +75,7 @@ def weight_norm(t: Tracer, call: Call) -> Any:
     v, g, dim = call.args[0], call.args[1], call.arg(2, "dim", 0) % call.args[0].dim()
     t.freeze_dims(v, {d for d in range(v.dim()) if d != dim}, "weight_norm runs over this axis")
     t.unmasked.add(t.state(v).source or "")  # g masks the product; rows of zeros have no direction
-    state = meet(t.store, [t.state(v), t.state(g)], [tuple(v.shape), tuple(g.shape)], tuple(v.shape), t.heads)
+    state = meet(t.store, [t.state(v), t.state(g)], [tuple(v.shape), tuple(g.shape)], tuple(v.shape), t.heads, "any")
     return [state, t.state(g)]
 
 
@@ -95,7 +104,9 @@ def group_norm(t: Tracer, call: Call) -> Any:
         if isinstance(p, Tensor):
             moved = reshape(t.store, t.state(p), tuple(p.shape), shape)
             state = meet(t.store, [state, moved], [tuple(x.shape), shape], tuple(x.shape), t.heads)
-    return [replace(state, scaled_by=()), State(), State()]
+    zero = _cleared(t, weight) and _cleared(t, bias)
+    cleared = tuple(replace(p, zero=zero and p.dims == (1,)) for p in state.planes)
+    return [replace(state, planes=cleared, scaled_by=()), State(), State()]
 
 
 @register_rule(
@@ -113,10 +124,11 @@ def reduce(t: Tracer, call: Call) -> Any:
     state = t.state(x)
     t.add_site(x, [p for p in state.planes if set(dims).intersection(p.dims)])
     keep = outs[0].dim() == x.dim()
+    zero = not call.op.startswith(("aten.logsumexp", "aten.arg"))
     planes = []
     for p in t.reduce_planes(state.planes, set(dims)):
         labels = p.labels if keep else p.labels.squeeze(tuple(dims))
-        planes.append(Plane(labels, p.fast if keep else p.fast - sum(d < p.fast for d in dims)))
+        planes.append(Plane(labels, p.fast if keep else p.fast - sum(d < p.fast for d in dims), p.zero and zero))
     kept = [d for d in range(x.dim()) if d not in dims]
     constant = frozenset((d if keep else kept.index(d)) for d in state.constant if d in kept)
     result = State(tuple(planes), constant)
@@ -132,6 +144,8 @@ def softmax(t: Tracer, call: Call) -> Any:
     default = x.dim() - 1
     dim = call.arg(2 if "topk" in call.op else 1, "dim", default) % x.dim()
     state = t.freeze_dims(x, {dim}, f"{call.op.split('.')[1].strip('_')} over this axis")
+    if "soft" in call.op:
+        state = replace(state, planes=tuple(replace(p, zero=False) for p in state.planes))
     return [state, state] if isinstance(call.out, (tuple, list)) else state
 
 

@@ -41,7 +41,7 @@ def expand(t: Tracer, call: Call) -> State:
     x, out = call.args[0], call.out
     shift = out.dim() - x.dim()
     state = t.state(x)
-    planes = [Plane(p.labels.reshape((1,) * shift + p.labels.shape), p.fast + shift) for p in state.planes]
+    planes = [p.moved(p.labels.reshape((1,) * shift + p.labels.shape), p.fast + shift) for p in state.planes]
     stretched = {d for d in range(out.dim()) if out.shape[d] > 1 and (d < shift or x.shape[d - shift] == 1)}
     return state.with_planes(planes, frozenset(stretched | {d + shift for d in state.constant}))
 
@@ -57,7 +57,7 @@ def repeat(t: Tracer, call: Call) -> State:
     for p in state.planes:
         labels = p.labels.reshape((1,) * shift + p.labels.shape)
         labels = np.tile(labels, [r if s > 1 else 1 for r, s in zip(reps, labels.shape, strict=True)])
-        planes.append(Plane(labels, p.fast + shift))
+        planes.append(p.moved(labels, p.fast + shift))
     constant = {d for d in range(out.dim()) if out.shape[d] > 1 and (d < shift or x.shape[d - shift] == 1)}
     return state.with_planes(planes, frozenset(constant | {d + shift for d in state.constant}))
 
@@ -77,9 +77,9 @@ def _cut(t: Tracer, x: Tensor, dim: int, start: int, stop: int, step: int = 1) -
     for p in state.planes:
         if p.labels.shape[dim] > 1:
             labels = p.labels.take(range(start, stop, step), dim)
-            p = Plane(labels, p.fast)
+            p = p.moved(labels, p.fast)
             if labels.shape[dim] == 1 and p.fast == dim:
-                p = Plane(labels, p.dims[-1] if p.dims else dim)
+                p = p.moved(labels, p.dims[-1] if p.dims else dim)
         if p.dims:
             planes.append(p)
     return state.with_planes(planes, state.constant)
@@ -113,7 +113,7 @@ def _select(t: Tracer, x: Tensor, dim: int, index: int) -> State:
     if any(p.fast == dim and p.labels.shape[dim] > 1 for p in t.state(x).planes):
         t.freeze_dims(x, {dim}, "indexed at a fixed position")
     cut = _cut(t, x, dim, index, index + 1)
-    planes = [Plane(p.labels.squeeze(dim), p.fast - (p.fast > dim)) for p in cut.planes]
+    planes = [p.moved(p.labels.squeeze(dim), p.fast - (p.fast > dim)) for p in cut.planes]
     constant = frozenset(d - (d > dim) for d in cut.constant if d != dim)
     return cut.with_planes([p for p in planes if p.dims], constant)
 
@@ -152,7 +152,7 @@ def glu(t: Tracer, call: Call) -> State:
     half = x.shape[dim] // 2
     parts = [_cut(t, x, dim, start, start + half) for start in (0, half)]
     shape = tuple(call.out.shape)
-    return meet(t.store, parts, [shape, shape], shape, t.heads)
+    return meet(t.store, parts, [shape, shape], shape, t.heads, "first")
 
 
 @register_rule("aten.im2col")
@@ -161,7 +161,7 @@ def im2col(t: Tracer, call: Call) -> State:
     x, out = call.args[0], call.out
     state = t.only_dim(x, x.dim() - 3, POOLS)
     runs = out.shape[-2] // x.shape[-3]
-    planes = [Plane(np.repeat(p.labels.squeeze(-1), runs, -2), out.dim() - 2) for p in state.planes]
+    planes = [p.moved(np.repeat(p.labels.squeeze(-1), runs, -2), out.dim() - 2) for p in state.planes]
     return State(tuple(planes))
 
 
@@ -177,7 +177,7 @@ def col2im(t: Tracer, call: Call) -> State:
         window = len(split_shape) - 2
         orbit(t.store, p, (window,))
         labels = p.labels.take([0], window)
-        planes.append(Plane(labels, window - 1 if p.fast == window else p.fast))
+        planes.append(p.moved(labels, window - 1 if p.fast == window else p.fast))
     return State(tuple(p for p in planes if p.dims))
 
 
@@ -186,7 +186,7 @@ def unfold(t: Tracer, call: Call) -> State:
     """Windows along a dim that carries no channels; their positions become a last dim."""
     x, dim = call.args[0], call.args[1] % max(call.args[0].dim(), 1)
     state = t.freeze_dims(x, {dim}, POOLS)
-    return State(tuple(Plane(p.labels[..., None], p.fast) for p in state.planes))
+    return State(tuple(p.moved(p.labels[..., None], p.fast) for p in state.planes))
 
 
 @register_rule("aten.cat", "aten.concatenate")
@@ -211,8 +211,8 @@ def cat(t: Tracer, call: Call) -> State:
             for p in across:
                 t.store.freeze(p.labels, "several grids are concatenated")
             shape = [x.shape[dim] if d == dim else 1 for d in range(out.dim())]
-            parts.append(Plane(t.store.pinned(x.shape[dim]).reshape(shape), dim))
-    met = meet(t.store, rest, [one] * len(rest), one, t.heads)
+            parts.append(Plane(t.store.pinned(x.shape[dim]).reshape(shape), dim, zero=True))
+    met = meet(t.store, rest, [one] * len(rest), one, t.heads, "all")
     constant = met.constant | ({dim} if all(dim in t.state(x).constant for x in tensors) else frozenset())
     if not labelled:
         return State(met.planes, frozenset(constant))
@@ -223,7 +223,7 @@ def cat(t: Tracer, call: Call) -> State:
     if len(fasts) > 1:
         for p in parts:
             orbit(t.store, p, p.rows)
-    planes = [Plane(labels, parts[0].fast if len(fasts) == 1 else dim)]
+    planes = [Plane(labels, parts[0].fast if len(fasts) == 1 else dim, all(p.zero for p in parts))]
     if len(planes[0].dims) > 1:
         record_grid(t.store, planes[0])
     overlapping = [p for p in met.planes if set(p.dims) & varying]
@@ -237,8 +237,8 @@ def stack(t: Tracer, call: Call) -> State:
     """The parts meet index by index along a new free dim."""
     dim = call.arg(1, "dim", 0) % call.out.dim()
     parts = call.args[0]
-    state = t.meet(*parts, out=parts[0])
-    planes = [Plane(np.expand_dims(p.labels, dim), p.fast + (p.fast >= dim)) for p in state.planes]
+    state = t.meet(*parts, out=parts[0], zero="all")
+    planes = [p.moved(np.expand_dims(p.labels, dim), p.fast + (p.fast >= dim)) for p in state.planes]
     return State(tuple(planes), frozenset(d + (d >= dim) for d in state.constant))
 
 
@@ -273,7 +273,8 @@ def pad(t: Tracer, call: Call) -> State:
                     ends.append(t.store.pinned(prod(shape)).reshape(shape))
                 inner = labels.take(range(max(-before, 0), labels.shape[d] - max(-after, 0)), d)
                 labels = np.concatenate([ends[0], inner, ends[1]], d)
-        planes.append(Plane(labels, p.fast))
+        zero = p.zero and not call.arg(2, "value", 0)
+        planes.append(Plane(labels, p.fast, zero))
     return State(tuple(planes))
 
 
