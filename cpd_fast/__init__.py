@@ -16,7 +16,18 @@ from cpd_fast.errors import CpdError
 from cpd_fast.pipeline import comb, cost
 from cpd_fast.prune import attach_masks, masked
 from cpd_fast.schedule import plan, random_plan, uniform_plan
-from cpd_fast.score import BNScale, Criterion, GroupFisher, HessianTrace, Magnitude, Random, Taylor, merge_scores, score
+from cpd_fast.score import (
+    BNScale,
+    Criterion,
+    GateHessian,
+    GroupFisher,
+    HessianTrace,
+    Magnitude,
+    Random,
+    Taylor,
+    merge_scores,
+    score,
+)
 from cpd_fast.types import ChannelGraph, Cost, CoupledGroup, ParamSlice, PrunePlan, Scores, Target
 
 if TYPE_CHECKING:
@@ -46,6 +57,7 @@ __all__ = [
     "CpdError",
     "Criterion",
     "Greedy",
+    "GateHessian",
     "GroupFisher",
     "HessianTrace",
     "Magnitude",

@@ -1,7 +1,8 @@
 """How important each channel is: second order, first order, or from the weights alone."""
 
 from cpd_fast.score.criterion import Context, Criterion, quiet
-from cpd_fast.score.gradients import GroupFisher, Taylor
+from cpd_fast.score.gates import GateHessian, GroupFisher
+from cpd_fast.score.gradients import Taylor
 from cpd_fast.score.hessian import HessianTrace
 from cpd_fast.score.score import merge_scores, score, unwrap
 from cpd_fast.score.weights import BNScale, Magnitude, Random
@@ -10,6 +11,7 @@ __all__ = [
     "BNScale",
     "Context",
     "Criterion",
+    "GateHessian",
     "GroupFisher",
     "HessianTrace",
     "Magnitude",

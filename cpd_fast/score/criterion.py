@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from cpd_fast.errors import ScoreError
 from cpd_fast.score._layout import Layout
 from cpd_fast.score._moments import Moments
+from cpd_fast.score._probes import Probes
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores
 
 Closure = Callable[[], Tensor]
@@ -51,6 +53,8 @@ class Context:
         self.model, self.graph = model, graph
         self._plan, self._masks = plan, _Masks()
         self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
+        self.probes = Probes(self.generator)
+        self.samples: int | None = None  # of the batch at hand, where that is known
         own = dict(model.named_parameters(remove_duplicate=False))
         self.params: dict[str, nn.Parameter] = {}
         for name in dict.fromkeys(s.param for g in graph.groups for s in g.slices):
@@ -113,6 +117,11 @@ class Context:
     def tensors(self) -> list[nn.Parameter]:
         """The scored parameters, in a fixed order."""
         return list(self.params.values())
+
+    @property
+    def cuda_devices(self) -> list[int]:
+        """Where the scored parameters lie, if on GPUs."""
+        return sorted({t.device.index for t in self.tensors if t.device.type == "cuda"})
 
     def moments(self) -> Moments:
         """An empty accumulator for this graph."""
@@ -238,3 +247,47 @@ def quiet(context: Context) -> Iterator[None]:
             p.requires_grad_(False)
         for m, training in modes:
             m.training = training
+
+
+_UNSUPPORTED = re.compile(r"derivative (?:for|of) '?([\w:.]+)'? is not implemented|trying to differentiate twice")
+
+
+@contextmanager
+def double_backward_errors(criterion: str) -> Iterator[None]:
+    """Turn autograd's complaint about a missing double backward into ours.
+
+    Raises:
+        ScoreError: If an operator has no double backward.
+        RuntimeError: Any other, as it came.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        found = _UNSUPPORTED.search(str(e))
+        if found is None or isinstance(e, ScoreError):
+            raise
+        op = found.group(1) or "a custom autograd.Function marked @once_differentiable"
+        raise ScoreError(
+            f"{criterion}: {op} has no double backward; use {criterion}(engine='finite_difference')"
+        ) from e
+
+
+def refuse_dead_ends(grads: Sequence[Tensor]) -> None:
+    """Raise where autograd would silently drop a second derivative.
+
+    The gradient of a function marked ``@once_differentiable`` hangs on an error node that is connected to nothing:
+    asking for the derivative with respect to parameters never reaches it, and its part would just be missing.
+
+    Raises:
+        RuntimeError: If there is such a node; in PyTorch's own words.
+    """
+    seen: set[Any] = set()
+    todo = [g.grad_fn for g in grads]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+        todo += [n for n, _ in node.next_functions]

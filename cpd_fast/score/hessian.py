@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,10 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cpd_fast.errors import ScoreError
 from cpd_fast.score._conv import DoubleDifferentiable
-from cpd_fast.score.criterion import Closure, Context, Criterion, first_gradients
+from cpd_fast.score.criterion import (
+    Closure,
+    Context,
+    Criterion,
+    double_backward_errors,
+    first_gradients,
+    refuse_dead_ends,
+)
 
 _ENGINES = ("retained", "finite_difference")
-_UNSUPPORTED = re.compile(r"derivative (?:for|of) '?([\w:.]+)'? is not implemented|trying to differentiate twice")
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,13 @@ _Product = tuple[list[Tensor], Sequence[Tensor | None]]  # v, H v
 
 def _retained(criterion: HessianTrace, context: Context, closure: Closure) -> Iterator[_Product]:
     tensors = context.tensors
-    with _named_errors():
+    with double_backward_errors("HessianTrace"):
         with DoubleDifferentiable(), sdpa_kernel(SDPBackend.MATH):
             grads = first_gradients(context, closure, create_graph=True)
         # A gradient without a graph is constant: its row of the Hessian is zero.
         active = {i: g for i, g in enumerate(grads) if g is not None and g.requires_grad}
         if not context.graph_is_checked:
-            _refuse_dead_ends(list(active.values()))
+            refuse_dead_ends(list(active.values()))
             context.graph_is_checked = True
         for k in range(criterion.num_probes):
             v = _probe(tensors, context.generator)
@@ -119,27 +124,6 @@ def _retained(criterion: HessianTrace, context: Context, closure: Closure) -> It
                 allow_unused=True,
             )
             yield v, hv
-
-
-def _refuse_dead_ends(grads: Sequence[Tensor]) -> None:
-    """Raise where autograd would silently drop a second derivative.
-
-    The gradient of a function marked ``@once_differentiable`` hangs on an error node that is connected to nothing:
-    asking for the derivative with respect to parameters never reaches it, and its part would just be missing.
-
-    Raises:
-        RuntimeError: If there is such a node; in PyTorch's own words.
-    """
-    seen: set[Any] = set()
-    todo = [g.grad_fn for g in grads]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
-        todo += [n for n, _ in node.next_functions]
 
 
 def _finite_difference(criterion: HessianTrace, context: Context, closure: Closure) -> Iterator[_Product]:
@@ -229,23 +213,3 @@ def _signs(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def _cuda(tensors: Sequence[Tensor]) -> list[int]:
     return sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-
-
-@contextmanager
-def _named_errors() -> Iterator[None]:
-    """Turn autograd's complaint about a missing double backward into ours.
-
-    Raises:
-        ScoreError: If an operator has no double backward.
-        RuntimeError: Any other, as it came.
-    """
-    try:
-        yield
-    except RuntimeError as e:
-        found = _UNSUPPORTED.search(str(e))
-        if found is None or isinstance(e, ScoreError):
-            raise
-        op = found.group(1) or "a custom autograd.Function marked @once_differentiable"
-        raise ScoreError(
-            f"HessianTrace: {op} has no double backward; use HessianTrace(engine='finite_difference')"
-        ) from e
