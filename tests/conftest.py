@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.host_model.build import Builder
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -24,6 +26,12 @@ def fresh_memory_is_nan():
     yield
     torch.use_deterministic_algorithms(old[0])
     torch.utils.deterministic.fill_uninitialized_memory = old[1]
+
+
+@pytest.fixture(scope="session")
+def host_model(tmp_path_factory) -> Builder:
+    """Compiles CUDA kernel bodies for the host model."""
+    return Builder(tmp_path_factory.mktemp("host_model"))
 
 
 @pytest.fixture(scope="session")

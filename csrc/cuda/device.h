@@ -12,16 +12,28 @@
 #include <string>
 
 #define SHARED(type, name, count) __shared__ type name[count]
+#define DYNAMIC_SHARED(type, name)                                      \
+  extern __shared__ __align__(16) unsigned char dynamic_shared_bytes[]; \
+  type* const name = reinterpret_cast<type*>(dynamic_shared_bytes)
 
 namespace cpd {
 
-// kernel<<<grid, block, 0, stream>>>(args...), checked.
+// kernel<<<grid, block, shared_bytes, stream>>>(args...), checked.
+template <class... Params, class... Args>
+void launch_shared(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, Args... args) {
+  const auto check = [](cudaError_t error) {
+    if (error) throw std::runtime_error(std::string("CUDA launch failed: ") + cudaGetErrorString(error));
+  };
+  if (shared_bytes > 48 * 1024) {  // more has to be asked for
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  }
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  check(cudaGetLastError());
+}
+
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, Args... args) {
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(args...);
-  if (const cudaError_t error = cudaGetLastError()) {
-    throw std::runtime_error(std::string("CUDA launch failed: ") + cudaGetErrorString(error));
-  }
+  launch_shared(kernel, grid, block, 0, stream, args...);
 }
 
 }  // namespace cpd

@@ -1,42 +1,29 @@
 """The CUDA kernel bodies, run on the CPU by a model of CUDA's execution (tests/host_model), against float64.
 
 They run with the threads of a block in forward, reverse and random order: a result that depends on an order that the
-program does not fix shows as a difference. Planted faults prove that the model sees them.
+program does not fix shows as a difference.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-ORDERS = {"forward": 0, "reverse": 1, "random": 2}
+from tests.host_model.build import ORDERS, Builder
+
 CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    target = tmp_path_factory.mktemp("host_model") / "bodies.so"
-    here = ROOT / "tests" / "host_model"
-    sources = [here / "host_model.cpp", here / "channel_kl_host.cpp"]
-    include = ["-I", ROOT / "csrc", "-I", here]
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", *include, "-o", target, *sources]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    library = ctypes.CDLL(str(target))
-    for name in ("channel_kl", "scale_rows", "planted"):
+def model(host_model: Builder) -> ctypes.CDLL:
+    library = host_model.library("channel_kl_host")
+    for name in ("channel_kl", "scale_rows"):
         getattr(library, name).restype = ctypes.c_char_p
     return library
 
@@ -150,55 +137,3 @@ def test_scaling_by_the_incoming_gradient(model, sizes):
     expected = dstudent * grad.unsqueeze(1)
     assert model.scale_rows(0, address(grad), address(dstudent), *map(ctypes.c_int64, sizes)) is None
     torch.testing.assert_close(dstudent, expected)
-
-
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory) -> Path:
-    """The same bodies and model with AddressSanitizer and UndefinedBehaviorSanitizer, as a program."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    target = tmp_path_factory.mktemp("sanitized") / "bodies"
-    here = ROOT / "tests" / "host_model"
-    sources = [here / name for name in ("host_model.cpp", "channel_kl_host.cpp", "sanitized_main.cpp")]
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
-    command = [compiler, "-std=c++17", *flags, "-I", ROOT / "csrc", "-I", here, "-o", target, *sources]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "cannot find" in done.stderr:
-        pytest.skip("needs the sanitizers' libraries")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return target
-
-
-def run_sanitized(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # Leaks are not looked for: that needs ptrace.
-    environment = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=0"}
-    return subprocess.run(
-        [program, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=200
-    )
-
-
-def test_bodies_are_clean_under_sanitizers(sanitized):
-    done = run_sanitized(sanitized)
-    assert (done.returncode, done.stdout.strip()) == (0, "clean"), done.stderr[-3000:]
-
-
-@pytest.mark.parametrize(
-    ("fault", "report"),
-    [("3", "heap-buffer-overflow"), ("4", "signed integer overflow"), ("scratch", "heap-buffer-overflow")],
-)
-def test_sanitizers_see_planted_faults(sanitized, fault, report):
-    done = run_sanitized(sanitized, fault)
-    assert done.returncode != 0 and report in done.stderr, done.stderr[-2000:]
-
-
-def test_the_model_sees_planted_faults(model):
-    out = torch.empty(64)
-    seen = []
-    for order in ("forward", "reverse"):
-        model.set_order(ORDERS[order], 0)
-        assert model.planted(0, address(out)) is None
-        seen.append(out.nan_to_num(-1.0).clone())
-    assert not torch.equal(*seen)  # a missing barrier: the result depends on the order
-    assert b"divergent __syncthreads" in model.planted(1, address(out))
-    assert b"a thread returned while others wait" in model.planted(2, address(out))
