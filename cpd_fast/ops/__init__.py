@@ -5,6 +5,21 @@ Importing this package imports no kernel, starts no CUDA context and needs neith
 
 from cpd_fast.ops._dispatch import explain_backend
 from cpd_fast.ops.channel_kl import channel_kl
+from cpd_fast.ops.channel_sums import ChannelTable, channel_sums
 from cpd_fast.ops.class_kl import class_kl
+from cpd_fast.ops.hutchinson import ReduceTable, hutchinson_reduce, squared_norms
+from cpd_fast.ops.rademacher import fill_rademacher_, perturb_, rademacher
 
-__all__ = ["channel_kl", "class_kl", "explain_backend"]
+__all__ = [
+    "ChannelTable",
+    "ReduceTable",
+    "channel_kl",
+    "channel_sums",
+    "class_kl",
+    "explain_backend",
+    "fill_rademacher_",
+    "hutchinson_reduce",
+    "perturb_",
+    "rademacher",
+    "squared_norms",
+]

@@ -1,0 +1,388 @@
+"""Sums of a Hessian-vector product against its probe, over the slices of many parameters at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpd_fast.errors import ShapeError
+from cpd_fast.ops import _dispatch, _philox
+from cpd_fast.ops.rademacher import LIBRARY, _only_reference, reference
+
+Values = Sequence[Tensor | None] | Mapping[int, Tensor | None]
+_ABSENT = -1
+
+
+class Entry(NamedTuple):
+    """One tensor seen as ``(rows, channels, inner)``, and where its sums go (-1: not wanted)."""
+
+    tensor: int  # position in the table
+    id: int  # number within the probe
+    rows: int
+    channels: int
+    inner: int
+    row_start: int  # of `rows` sums over channels and inner
+    column_start: int  # of `channels` sums over rows and inner
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What a tensor of the table is."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    is_last: bool  # channels last in memory: dim 1 runs fastest
+
+
+class ReduceTable:
+    """Which sums :func:`hutchinson_reduce` makes of which tensors; made once, used every probe.
+
+    A *piece* is a tensor and some of its dims: the values summed over all other dims, flattened in the order of these
+    dims. Pieces of consecutive dims (rows ``(0,)``, columns ``(1,)``, pairs ``(0, 1)`` of a grouped convolution,
+    ``(2,)`` of a position embedding) are made by one kernel; a tensor's rows and columns from one read. Any others go
+    through plain PyTorch.
+
+    Args:
+        tensors: The parameters, or tensors like them: shapes, dtypes, strides and device are taken, values are not.
+        pieces: ``(position in tensors, dims)`` for every piece wanted. Their sums lie one after another in the result.
+        ids: Number of each tensor within a probe; its position if None.
+
+    Attributes:
+        starts: Where each piece begins in the result.
+        n_out: Length of the result.
+        owner: Which tensor each entry of the result is of: int64 ``(n_out,)``.
+        dtype: Of the result: fp64 if a tensor is, else fp32.
+        bad: uint8 ``(len(tensors),)`` on the tensors' device: 1 where a sum of that tensor was not finite, ever since
+            it was last set to zero. Nothing waits for the device.
+
+    Raises:
+        ShapeError: If a tensor is not of floating point, tensors are on several devices, or a piece has dims that its
+            tensor does not have.
+
+    Example:
+        >>> import torch
+        >>> table = ReduceTable([torch.empty(2, 3)], [(0, (0,)), (0, (1,))])
+        >>> table.starts, table.n_out
+        ([0, 2], 5)
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        pieces: Sequence[tuple[int, tuple[int, ...]]],
+        *,
+        ids: Sequence[int] | None = None,
+    ) -> None:
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        for i, t in enumerate(tensors):
+            if not t.is_floating_point():
+                raise ShapeError(f"ReduceTable: expected floating-point tensors, got {t.dtype} (tensor {i})")
+            if t.device != self.device:
+                raise ShapeError(
+                    f"ReduceTable: tensors must be on one device, got {self.device} and {t.device} (tensor {i}); make "
+                    "a table a device"
+                )
+        self.ids = list(range(len(tensors)) if ids is None else ids)
+        if len(self.ids) != len(tensors):
+            raise ShapeError(f"ReduceTable: expected one id a tensor, got {len(self.ids)} for {len(tensors)} tensors")
+        _philox.check_counter("ReduceTable", 0, 0, self.ids)
+        self.expected = [_Expected(t.shape, t.dtype, _is_channels_last(t)) for t in tensors]
+        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        self.starts: list[int] = []
+        sizes: list[int] = []
+        self.n_out = 0
+        for i, dims in pieces:
+            if not 0 <= i < len(tensors) or any(not 0 <= d < tensors[i].dim() for d in dims):
+                what = f"shape {tuple(tensors[i].shape)}" if 0 <= i < len(tensors) else f"{len(tensors)} tensors"
+                raise ShapeError(f"ReduceTable: piece ({i}, {dims}) does not fit {what}")
+            if len(set(dims)) != len(dims):
+                raise ShapeError(f"ReduceTable: piece ({i}, {dims}) names a dim twice")
+            sizes.append(prod(tensors[i].shape[d] for d in dims))
+            self.starts.append(self.n_out)
+            self.n_out += sizes[-1]
+        self.entries, self.others = _entries(self, pieces)
+        owners = [torch.full((n,), i) for (i, _), n in zip(pieces, sizes, strict=True)]
+        self.owner = torch.cat([torch.zeros(0, dtype=torch.int64), *owners]).to(self.device)
+        self.bad = torch.zeros(len(tensors), dtype=torch.uint8, device=self.device)
+
+    def check(self, op: str, values: Values) -> dict[int, Tensor]:
+        """The values that are there, by position, in the memory layout of the table's tensors.
+
+        Raises:
+            ShapeError: If there are more or fewer than tensors, or a shape, dtype or device differs.
+        """
+        if not isinstance(values, Mapping):
+            if len(values) != len(self.expected):
+                raise ShapeError(f"{op}: expected {len(self.expected)} tensors (None where absent), got {len(values)}")
+            values = dict(enumerate(values))
+        found = {}
+        for i, value in values.items():
+            if value is None:
+                continue
+            if not 0 <= i < len(self.expected):
+                raise ShapeError(f"{op}: the table has {len(self.expected)} tensors, got a value for number {i}")
+            e = self.expected[i]
+            if value.shape != e.shape or value.dtype != e.dtype or value.device != self.device:
+                raise ShapeError(
+                    f"{op}: tensor {i} must be {tuple(e.shape)} {e.dtype} on {self.device}, got {tuple(value.shape)} "
+                    f"{value.dtype} on {value.device}; make the table from the tensors that are reduced"
+                )
+            found[i] = value
+        return found
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    return last is not None and not t.is_contiguous() and t.is_contiguous(memory_format=last)
+
+
+def _entries(
+    table: ReduceTable, pieces: Sequence[tuple[int, tuple[int, ...]]]
+) -> tuple[list[Entry], list[tuple[int, tuple[int, ...], int]]]:
+    """Kernel entries, and ``(tensor, dims, start)`` of the pieces that are none."""
+    entries: list[Entry] = []
+    others: list[tuple[int, tuple[int, ...], int]] = []
+    for (i, dims), start in zip(pieces, table.starts, strict=True):
+        shape = table.expected[i].shape
+        first = dims[0] if dims else 0
+        if list(dims) != list(range(first, first + len(dims))):
+            others.append((i, dims, start))
+            continue
+        before, size = prod(shape[:first]), prod(shape[d] for d in dims)
+        inner = prod(shape[first + len(dims) :])
+        if before * size * inner == 0:
+            continue  # sums of nothing: zero
+        if before == 1:
+            entries.append(Entry(i, table.ids[i], size, 1, inner, start, _ABSENT))
+        else:
+            entries.append(Entry(i, table.ids[i], before, size, inner, _ABSENT, start))
+    return _merge(entries), others
+
+
+def _merge(entries: Sequence[Entry]) -> list[Entry]:
+    """Let rows and columns of one tensor share a read."""
+    merged: list[Entry] = []
+    rows = {(e.tensor, e.rows): e for e in entries if e.column_start == _ABSENT}
+    for e in entries:
+        if e.column_start != _ABSENT and (e.tensor, e.rows) in rows:
+            merged.append(e._replace(row_start=rows.pop((e.tensor, e.rows)).row_start))
+        elif e.column_start != _ABSENT:
+            merged.append(e)
+    used = {e.row_start for e in merged}
+    merged += [e for e in entries if e.column_start == _ABSENT and e.row_start not in used]
+    return sorted(merged)
+
+
+def hutchinson_reduce(
+    table: ReduceTable,
+    values: Values,
+    seed: int,
+    probe: int,
+    *,
+    out: Tensor | None = None,
+    alpha: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """``v . (H v)`` of one probe, summed to the pieces of all parameters: one read of H v, the probe made on the fly.
+
+    Args:
+        table: Which sums of which tensors.
+        values: H v, one tensor a parameter: a sequence with None, or a mapping from positions to tensors, where a
+            parameter is unused. Shape, dtype and device are the parameter's; strides other than the parameter's cost a
+            copy.
+        seed: Key of the probe, in [0, 2^63).
+        probe: Number of the probe, in [0, 2^32).
+        out: The sums are added to it, ``(table.n_out,)`` in ``table.dtype``; None: to zeros.
+        alpha: Factor on the sums.
+        backend: As for :func:`rademacher`.
+
+    Returns:
+        ``out``, with ``alpha`` times the sums added. Sums are made in fp32 or better, in an order that does not depend
+        on the number of threads: the same bits from run to run.
+
+    Raises:
+        ShapeError: If a value does not fit the table.
+        ValueError: If a number is out of its range.
+
+    Source: Hutchinson 1990; Yu et al., arXiv:2101.08940, traces of channel blocks.
+
+    Example:
+        >>> import cpd_fast, torch
+        >>> w = torch.zeros(2, 3)
+        >>> table = ReduceTable([w], [(0, (0,)), (0, (1,))])
+        >>> v = cpd_fast.ops.rademacher(w, seed=0, probe=0, tensor=0)
+        >>> hutchinson_reduce(table, [2 * v], seed=0, probe=0)
+        tensor([6., 6., 4., 4., 4.])
+    """
+    _philox.check_counter("hutchinson_reduce", seed, probe, ())
+    return _reduce("hutchinson_reduce", table, values, (seed, probe), out, alpha, backend)
+
+
+def squared_norms(
+    table: ReduceTable, values: Values, *, out: Tensor | None = None, alpha: float = 1.0, backend: str | None = None
+) -> Tensor:
+    """Sums of squares over the pieces of all parameters, such as ||w||^2 of every row and column.
+
+    Args:
+        table: Which sums of which tensors.
+        values: The parameters; as in :func:`hutchinson_reduce`.
+        out: The sums are added to it, ``(table.n_out,)`` in ``table.dtype``; None: to zeros.
+        alpha: Factor on the sums.
+        backend: As for :func:`rademacher`.
+
+    Returns:
+        ``out``, with ``alpha`` times the sums added.
+
+    Raises:
+        ShapeError: If a value does not fit the table.
+
+    Example:
+        >>> import torch
+        >>> w = torch.ones(2, 3)
+        >>> squared_norms(ReduceTable([w], [(0, (0,))]), [w])
+        tensor([3., 3.])
+    """
+    return _reduce("squared_norms", table, values, None, out, alpha, backend)
+
+
+Counter = tuple[int, int] | None  # seed and probe; None: values times themselves
+
+
+def _reduce(
+    op: str,
+    table: ReduceTable,
+    values: Values,
+    counter: Counter,
+    out: Tensor | None,
+    alpha: float,
+    backend: str | None,
+) -> Tensor:
+    """Check, then run.
+
+    Raises:
+        ShapeError: If a tensor does not fit the table.
+    """
+    found = table.check(op, values)
+    if out is None:
+        out = torch.zeros(table.n_out, dtype=table.dtype, device=table.device)
+    elif out.shape != (table.n_out,) or out.dtype != table.dtype or out.device != table.device:
+        raise ShapeError(
+            f"{op}: out must be ({table.n_out},) {table.dtype} on {table.device}, got {tuple(out.shape)} {out.dtype} "
+            f"on {out.device}"
+        )
+    if not found:
+        return out
+    watched = backend is None and _dispatch.is_watched(*found.values())
+    _only_reference(op, backend)
+    sums = _call_registered(table, found, counter) if watched else reference_sums(table, found, counter)
+    _add_others(table, found, counter, sums, watched)
+    _note_bad(table, sums)
+    return out.add_(sums, alpha=alpha)
+
+
+def reference_sums(table: ReduceTable, values: Mapping[int, Tensor], counter: Counter) -> Tensor:
+    """The sums in plain PyTorch, for the pieces that kernels make: ``(n_out,)``, zero elsewhere."""
+    return _sums_of_entries(table.entries, values, counter, table.n_out, table.dtype, table.device)
+
+
+def _sums_of_entries(
+    entries: Sequence[Entry],
+    values: Mapping[int, Tensor],
+    counter: Counter,
+    n_out: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    out = torch.zeros(n_out, dtype=dtype, device=device)
+    for e in entries:
+        if e.tensor not in values:
+            continue
+        x = _product(values[e.tensor], counter, e.id, dtype).reshape(e.rows, e.channels, e.inner)
+        if e.row_start != _ABSENT:
+            out[e.row_start : e.row_start + e.rows] = x.sum((1, 2))
+        if e.column_start != _ABSENT:
+            out[e.column_start : e.column_start + e.channels] = x.sum((0, 2))
+    return out
+
+
+def _product(value: Tensor, counter: Counter, tensor: int, dtype: torch.dtype, watched: bool = False) -> Tensor:
+    """``v * value``, or ``value * value`` without a counter, in the accumulation dtype."""
+    x = value.detach().to(dtype)
+    if counter is None:
+        return x * x
+    make = torch.ops.cpd_fast.rademacher if watched else reference
+    return x * make(value.detach(), *counter, tensor)
+
+
+def _add_others(
+    table: ReduceTable, values: Mapping[int, Tensor], counter: Counter, sums: Tensor, watched: bool
+) -> None:
+    """Pieces that no kernel makes: those whose dims do not follow one another."""
+    for i, dims, start in table.others:
+        if i in values:
+            product = _product(values[i], counter, table.ids[i], table.dtype, watched)
+            rest = [d for d in range(product.dim()) if d not in dims]
+            order = [sorted(dims).index(d) for d in dims]
+            part = (product.sum(rest) if rest else product).permute(order).reshape(-1)
+            sums[start : start + part.numel()] += part
+
+
+def _note_bad(table: ReduceTable, sums: Tensor) -> None:
+    table.bad.scatter_reduce_(0, table.owner, (~torch.isfinite(sums)).to(torch.uint8), "amax")
+
+
+# -------------------------------------------------------------------------------------------------------- registration
+
+
+def _call_registered(table: ReduceTable, values: Mapping[int, Tensor], counter: Counter) -> Tensor:
+    seed, probe = (None, 0) if counter is None else counter
+    return torch.ops.cpd_fast.hutchinson_reduce(
+        [values[i].detach() if i in values else None for i in range(len(table.expected))],
+        [number for e in table.entries for number in e],
+        table.n_out,
+        table.dtype,
+        table.device,
+        seed,
+        probe,
+    )
+
+
+def _op(
+    values: Sequence[Tensor | None],
+    entries: Sequence[int],
+    n_out: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int | None,
+    probe: int,
+) -> Tensor:
+    size = len(Entry._fields)
+    found = {i: v for i, v in enumerate(values) if v is not None}
+    counter = None if seed is None else (seed, probe)
+    rows = [Entry(*entries[i : i + size]) for i in range(0, len(entries), size)]
+    return _sums_of_entries(rows, found, counter, n_out, dtype, device)
+
+
+LIBRARY.define(
+    "hutchinson_reduce(Tensor?[] values, int[] entries, int n_out, ScalarType dtype, Device device, int? seed, "
+    "int probe) -> Tensor"
+)
+LIBRARY.impl("hutchinson_reduce", _op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("cpd_fast::hutchinson_reduce", lib=LIBRARY)
+def _fake(
+    values: Sequence[Tensor | None],
+    entries: Sequence[int],
+    n_out: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int | None,
+    probe: int,
+) -> Tensor:
+    return torch.empty(n_out, dtype=dtype, device=device)
