@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cpd_fast import recipes
     from cpd_fast.export import export_onnx, latency
     from cpd_fast.pruner import Pruner
-    from cpd_fast.schedule import Greedy
+    from cpd_fast.schedule import Greedy, OneGroup
     from cpd_fast.store import load, save
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Pruner": "pruner",
     "Greedy": "schedule",
+    "OneGroup": "schedule",
     "save": "store",
     "load": "store",
     "export_onnx": "export",
@@ -61,6 +62,7 @@ __all__ = [
     "GroupFisher",
     "HessianTrace",
     "Magnitude",
+    "OneGroup",
     "ParamSlice",
     "PrunePlan",
     "Pruner",

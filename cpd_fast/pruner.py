@@ -12,11 +12,11 @@ from cpd_fast.compact import compact
 from cpd_fast.errors import PlanError, ScoreError
 from cpd_fast.pipeline import comb
 from cpd_fast.prune import attach_masks
-from cpd_fast.schedule import Greedy, plan, plan_cost
+from cpd_fast.schedule import Greedy, OneGroup, plan, plan_cost
 from cpd_fast.score import Context, Criterion, Taylor, quiet, unwrap
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class Pruner:
@@ -34,10 +34,12 @@ class Pruner:
         target: What may remain at the end.
         criterion: ``Taylor()`` where None. First-order criteria read ``.grad`` at every step; the others (HessianTrace,
             GroupFisher) call the closure given to :meth:`step` at the end of an interval.
-        schedule: ``Greedy()`` where None.
+        schedule: ``Greedy()`` where None; ``OneGroup()`` is that of the released code.
         ignore: Modules or parameters that keep their shapes; see ``comb``.
         on_unknown: What comb does at an operator without a rule, ``"error"`` or ``"freeze"``.
         graph: The model's graph where it is at hand; comb is not run then.
+        score_ema: Share of the old scores in those of an interval, in [0, 1): an exponential moving average over the
+            removals. 0 looks at the last interval alone.
         options: ``round_to``, ``max_pruning_ratio``, ``min_channels``, ``normalize``, ``per_cost``, ``latency`` of
             :func:`cpd_fast.plan`.
 
@@ -74,12 +76,15 @@ class Pruner:
         example_inputs: Any,
         target: Target,
         criterion: Criterion | None = None,
-        schedule: Greedy | None = None,
+        schedule: Greedy | OneGroup | None = None,
         ignore: Iterable[str | nn.Module] = (),
         on_unknown: str = "error",
         graph: ChannelGraph | None = None,
+        score_ema: float = 0.0,
         **options: Any,
     ) -> None:
+        if not 0 <= score_ema < 1:
+            raise ScoreError(f"score_ema={score_ema}: expected a share of the old scores in [0, 1)")
         self.model = unwrap(model)
         self.graph = graph if graph is not None else comb(self.model, example_inputs, ignore, on_unknown)
         self.target = target
@@ -87,6 +92,7 @@ class Pruner:
         self.schedule = schedule if schedule is not None else Greedy()
         self.plan = PrunePlan({}, self.graph.fingerprint)
         self.scores: Scores | None = None
+        self.score_ema = score_ema
         self.iteration = 0
         self._events = 0
         self._options = options
@@ -95,12 +101,14 @@ class Pruner:
         self._dense = self._dense_costs()
         self._context = Context(self.model, self.graph, self.criterion.seeded(), self.plan)
         self._moments = self._context.moments()
+        self._ema: dict[str, Tensor] = {}
         self._masks = attach_masks(self.model, self.graph)
+        self._apply(self.plan, 0)
 
     @property
     def done(self) -> bool:
         """Whether the last removal has happened."""
-        return self._events >= self.schedule.steps
+        return self._is_over
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> bool:
         """Take the gradients of this iteration in; at the end of an interval remove channels.
@@ -118,7 +126,11 @@ class Pruner:
         """
         if self.done:
             return False
-        if self.criterion.data == "loss" and closure is None and (self.iteration + 1) % self.schedule.interval == 0:
+        if self.iteration < self.schedule.warmup:
+            self.iteration += 1
+            return False
+        ends = (self.iteration + 1 - self.schedule.warmup) % self.schedule.interval == 0
+        if self.criterion.data == "loss" and closure is None and ends:
             raise ScoreError(
                 f"{type(self.criterion).__name__} needs the loss itself: call pruner.step(closure) with a function "
                 "that returns the loss, or use criterion=Taylor()"
@@ -126,7 +138,7 @@ class Pruner:
         if self.criterion.data == "gradients":
             self._observe_gradients()
         self.iteration += 1
-        if self.iteration % self.schedule.interval:
+        if not ends:
             return False
         self._remove(closure)
         return True
@@ -146,15 +158,26 @@ class Pruner:
                 for observation in self.criterion.observe(self._context, closure):
                     self._moments.add(observation)
         self._moments.gather()  # ranks must take the same decision
-        self.scores = self.criterion.finish(self._context, self._moments)
-        now = self.schedule.target(self._events + 1, self.target, self._dense)
-        self._apply(plan(self.graph, self.scores, now, start=self.plan, **self._options))
-        self._events += 1
+        self.scores = self._averaged(self.criterion.finish(self._context, self._moments))
+        event, before = self._events + 1, self.plan
+        now = self.schedule.next_plan(event, self.graph, self.scores, self.target, self._dense, before, self._options)
+        self._apply(now, event)
         self._moments = self._context.moments()
 
-    def _apply(self, new: PrunePlan) -> None:
+    def _averaged(self, new: Scores) -> Scores:
+        """Scores as the ranking sees them: with a share of the old ones, where the user wants it."""
+        if not self.score_ema:
+            return new
+        share = self.score_ema if self._ema else 0.0
+        self._ema = {k: share * self._ema.get(k, v) + (1 - share) * v for k, v in new.items()}
+        info = {**new.info, "score_ema": self.score_ema}
+        return Scores(self._ema, criterion=new.criterion, fingerprint=new.fingerprint, stderr=new.stderr, info=info)
+
+    def _apply(self, new: PrunePlan, events: int) -> None:
         self._masks.update(new)
         self.plan = self._context.plan = new
+        self._events = events
+        self._is_over = self.schedule.is_over(events, self.graph, new, self.target, self._options)
 
     def _dense_costs(self) -> dict[str, float]:
         cost = plan_cost(self.graph)
@@ -202,6 +225,7 @@ class Pruner:
             "events": self._events,
             "plan": self.plan.to_json(),
             "moments": self._moments.state_dict(),
+            "ema": dict(self._ema),
             "generator": self._context.generator.get_state(),
         }
 
@@ -218,7 +242,8 @@ class Pruner:
                 f"pruner state of another model: it has fingerprint {state.get('fingerprint')}, this model "
                 f"{self.graph.fingerprint}; make the pruner with the same model and arguments"
             )
-        self._apply(PrunePlan.from_json(state["plan"], "pruner state"))
-        self.iteration, self._events = int(state["iteration"]), int(state["events"])
+        self._apply(PrunePlan.from_json(state["plan"], "pruner state"), int(state["events"]))
+        self.iteration = int(state["iteration"])
         self._moments.load_state_dict(state["moments"])
+        self._ema = dict(state["ema"])
         self._context.generator.set_state(state["generator"])

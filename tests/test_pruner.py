@@ -208,7 +208,7 @@ def test_state_of_another_model():
     other = Pruner(net(make=Grouped), X, cpd.Target(macs=0.5))
     with pytest.raises(PlanError, match="pruner state of another model"):
         pruner.load_state_dict(other.state_dict())
-    with pytest.raises(PlanError, match="pruner state version 99, this cpd_fast reads 1"):
+    with pytest.raises(PlanError, match="pruner state version 99, this cpd_fast reads 2"):
         pruner.load_state_dict({**pruner.state_dict(), "version": 99})
 
 
@@ -231,9 +231,42 @@ def test_absolute_targets_and_linear_ramp():
     [
         ({"interval": 0}, "interval and steps must be at least 1, got 0 and 10"),
         ({"steps": 0}, "must be at least 1, got 50 and 0"),
-        ({"ramp": "square"}, "ramp='square': expected one of cubic, linear"),
+        ({"ramp": "square"}, "ramp='square': expected one of cubic, linear, cosine"),
     ],
 )
 def test_bad_schedules(arguments, match):
     with pytest.raises(PlanError, match=match):
         Greedy(**arguments)
+
+
+def test_moving_average_of_scores():
+    """An interval's scores count (1 - a), all before it together a; a resumed run remembers them."""
+
+    def start():
+        return Pruner(net(), X, cpd.Target(macs=0.5), Taylor(), Greedy(interval=1, steps=3), score_ema=0.75)
+
+    pruner, raw, wanted = start(), [], None
+    finish = pruner.criterion.finish
+    for i in range(3):
+        x, y = batch(i)
+        pruner.model.zero_grad()
+        F.cross_entropy(pruner.model(x), y).backward()
+        if i == 2:
+            state = copy.deepcopy(pruner.state_dict())
+            weights = copy.deepcopy([p.grad for p in pruner.model.parameters()])
+        moments = copy.deepcopy(pruner._moments)
+        gradients = {n: p.grad for n, p in pruner._context.params.items()}
+        moments.add(pruner.criterion.from_gradients(pruner._context, gradients))
+        raw.append(dict(finish(pruner._context, moments)))
+        wanted = raw[0] if wanted is None else {k: 0.75 * wanted[k] + 0.25 * v for k, v in raw[-1].items()}
+        pruner.step()
+        for name, value in wanted.items():
+            torch.testing.assert_close(pruner.scores[name], value)
+    resumed = start()
+    resumed.load_state_dict(state)
+    for p, g in zip(resumed.model.parameters(), weights, strict=True):
+        p.grad = g
+    resumed.step()
+    assert resumed.plan == pruner.plan
+    with pytest.raises(ScoreError, match="score_ema=1: expected a share"):
+        Pruner(net(), X, cpd.Target(macs=0.5), score_ema=1)

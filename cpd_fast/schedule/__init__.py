@@ -2,6 +2,7 @@
 
 from cpd_fast.schedule.cost import plan_cost
 from cpd_fast.schedule.greedy import Greedy
-from cpd_fast.schedule.plan import plan, random_plan, uniform_plan
+from cpd_fast.schedule.one_group import OneGroup
+from cpd_fast.schedule.plan import holds, plan, random_plan, uniform_plan
 
-__all__ = ["Greedy", "plan", "plan_cost", "random_plan", "uniform_plan"]
+__all__ = ["Greedy", "OneGroup", "holds", "plan", "plan_cost", "random_plan", "uniform_plan"]

@@ -352,6 +352,16 @@ def _unreachable(graph: ChannelGraph, limits: list[_Limit], least: PrunePlan, ro
     )
 
 
+def holds(graph: ChannelGraph, target: Target, candidate: PrunePlan, latency: Latency | None = None) -> bool:
+    """Whether a plan meets every limit of a target.
+
+    Raises:
+        PlanError: If the target limits latency and there is no table.
+    """
+    cost = plan_cost(graph, candidate)
+    return all(limit.holds(cost, candidate) for limit in _limits(graph, target, latency))
+
+
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
