@@ -32,10 +32,11 @@ from cpd_fast.types import ChannelGraph, Cost, CoupledGroup, ParamSlice, PrunePl
 
 if TYPE_CHECKING:
     from cpd_fast import recipes
-    from cpd_fast.export import export_onnx, latency
+    from cpd_fast.export import export_onnx, export_pt2
     from cpd_fast.pruner import Pruner
     from cpd_fast.schedule import Greedy, OneGroup
     from cpd_fast.store import load, save
+    from cpd_fast.timing import compare_latency, latency
 
 __version__ = "0.1.0"
 
@@ -46,7 +47,9 @@ _LAZY = {
     "save": "store",
     "load": "store",
     "export_onnx": "export",
-    "latency": "export",
+    "export_pt2": "export",
+    "latency": "timing",
+    "compare_latency": "timing",
     "recipes": "recipes",
 }
 
@@ -73,9 +76,11 @@ __all__ = [
     "attach_masks",
     "comb",
     "compact",
+    "compare_latency",
     "compose_plans",
     "cost",
     "export_onnx",
+    "export_pt2",
     "latency",
     "load",
     "losses",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cpd_fast.config import CompressConfig
 from cpd_fast.errors import BackendError
-from cpd_fast.export import Latency, compare_latency, export_onnx
+from cpd_fast.export import export_onnx
 from cpd_fast.recipes.environment import environment
 from cpd_fast.recipes.evaluate import Quality, evaluate
 from cpd_fast.recipes.pictures import write_tiles
@@ -19,6 +19,7 @@ from cpd_fast.recipes.run_folder import RunFolder
 from cpd_fast.recipes.tasks import Task
 from cpd_fast.report import Histogram, Results, Side, write_report
 from cpd_fast.schedule import plan_cost
+from cpd_fast.timing import Latency, compare_latency
 from cpd_fast.types import ChannelGraph, Cost, PrunePlan, Scores
 
 MIB = 2**20
