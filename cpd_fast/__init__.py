@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from cpd_fast.pruner import Pruner
     from cpd_fast.schedule import Greedy, OneGroup
     from cpd_fast.store import load, save
-    from cpd_fast.timing import compare_latency, latency
+    from cpd_fast.timing import LatencyTable, compare_latency, latency, plan_for_latency
 
 __version__ = "0.1.0"
 
@@ -50,6 +50,8 @@ _LAZY = {
     "export_pt2": "export",
     "latency": "timing",
     "compare_latency": "timing",
+    "LatencyTable": "timing",
+    "plan_for_latency": "timing",
     "recipes": "recipes",
 }
 
@@ -64,6 +66,7 @@ __all__ = [
     "GateHessian",
     "GroupFisher",
     "HessianTrace",
+    "LatencyTable",
     "Magnitude",
     "OneGroup",
     "ParamSlice",
@@ -88,6 +91,7 @@ __all__ = [
     "merge_scores",
     "ops",
     "plan",
+    "plan_for_latency",
     "random_plan",
     "recipes",
     "save",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
+INTEGERS = (int, SymInt)  # torch.export and torch.compile run a forward with symbols for sizes
 SIZED_CALLS = frozenset({"view", "reshape", "unflatten", "expand", "split", "split_with_sizes"})
 # position in the sizes (or None: the whole list, for splits) -> size that stands there
 SizeFix = dict[int, int] | list[int]
 
 
-def sizes_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
+def sizes_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
     """The sizes a call is given; None where it is given none (``view(dtype)``)."""
     if not args or not isinstance(args[0], Tensor):
         return None
@@ -19,10 +20,10 @@ def sizes_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[i
     rest: Any = args[where:] or tuple(v for k, v in kwargs.items() if "size" in k or k == "shape")
     if name in ("split", "split_with_sizes"):
         rest = rest[0] if rest else None
-        return [rest] if isinstance(rest, int) else list(rest) if isinstance(rest, (list, tuple)) else None
+        return [rest] if isinstance(rest, INTEGERS) else list(rest) if isinstance(rest, (list, tuple)) else None
     if len(rest) == 1 and isinstance(rest[0], (list, tuple)):
         rest = rest[0]
-    return list(rest) if rest and all(isinstance(v, int) for v in rest) else None
+    return list(rest) if rest and all(isinstance(v, INTEGERS) for v in rest) else None
 
 
 def fit(

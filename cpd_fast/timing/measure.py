@@ -126,11 +126,21 @@ def compare_latency(
     shapes = tuple(tuple(t.shape) for t in tree_flatten(example_inputs)[0] if isinstance(t, Tensor))
     results = []
     for all_runs, disturbed in times:
-        calm = all_runs[~disturbed]
-        calm = calm if len(calm) >= FEWEST else all_runs
+        calm = _calm(all_runs, disturbed)
         left_out = len(all_runs) - len(calm)
         results.append(Latency(*_median_interval(calm), len(all_runs), backend, count, shapes, left_out))
     return results
+
+
+def median_ms(run: Runner, runs: int, seconds: float) -> float:
+    """Median milliseconds of a call, after a warm-up; runs that lost the core do not count."""
+    return float(np.median(_calm(*_interleaved([run], runs, seconds)[0])))
+
+
+def _calm(times: np.ndarray, disturbed: np.ndarray) -> np.ndarray:
+    """The undisturbed runs, where they are enough for a median."""
+    calm = times[~disturbed]
+    return calm if len(calm) >= FEWEST else times
 
 
 def _interleaved(runners: Sequence[Runner], runs: int, seconds: float | None) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -48,3 +48,15 @@ def test_compacted_network_compiles():
     small = cpd.compact(model, graph, cpd.random_plan(graph, keep=0.5))
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(small, backend="aot_eager", fullgraph=True)(x), small(x))
+
+
+def test_sizes_that_compaction_puts_right_follow_a_symbolic_batch(tmp_path):
+    """torch.export runs the forward with symbols for sizes; the calls that get other sizes must still be counted."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    model = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=48, num_heads=3, num_classes=4)
+    model, x = model.eval(), torch.randn(2, 3, 32, 32)
+    graph = cpd.comb(model, x)
+    small = cpd.compact(model, graph, cpd.random_plan(graph, keep=0.5))
+    assert any(hasattr(m, "resized_calls") for m in small.modules())
+    assert export_pt2(small, x, tmp_path / "small.pt2") < 1e-5
