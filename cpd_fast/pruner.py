@@ -155,8 +155,12 @@ class Pruner:
     def _remove(self, closure: Callable[[], Tensor] | None) -> None:
         if self.criterion.data != "gradients":
             with quiet(self._context):
-                for observation in self.criterion.observe(self._context, closure):
-                    self._moments.add(observation)
+                batch = self._context.moments()
+                for taken, observation in enumerate(self.criterion.observe(self._context, closure), 1):
+                    batch.add(observation)
+                    if self.criterion.enough(batch, taken):
+                        break
+                self._moments.add_batch(batch)
         self._moments.gather()  # ranks must take the same decision
         self.scores = self._averaged(self.criterion.finish(self._context, self._moments))
         event, before = self._events + 1, self.plan
@@ -227,6 +231,7 @@ class Pruner:
             "moments": self._moments.state_dict(),
             "ema": dict(self._ema),
             "generator": self._context.generator.get_state(),
+            "probes": self._context.probes.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -247,3 +252,4 @@ class Pruner:
         self._moments.load_state_dict(state["moments"])
         self._ema = dict(state["ema"])
         self._context.generator.set_state(state["generator"])
+        self._context.probes.set_state(state["probes"])

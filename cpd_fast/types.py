@@ -299,7 +299,9 @@ class Scores(Mapping[str, Tensor]):
         return len(self._values)
 
     def __repr__(self) -> str:
-        return f"Scores({self.criterion}, {len(self)} groups, {sum(v.numel() for v in self._values.values())} channels)"
+        engine = f" by {self.info['engine']} ({self.info.get('engine_reason')})" if "engine" in self.info else ""
+        channels = sum(v.numel() for v in self._values.values())
+        return f"Scores({self.criterion}{engine}, {len(self)} groups, {channels} channels)"
 
 
 class PrunePlan(Mapping[str, tuple[int, ...]]):

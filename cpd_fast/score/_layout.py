@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpd_fast.ops import ChannelTable, ReduceTable, channel_sums, hutchinson_reduce
 from cpd_fast.types import ChannelGraph, CoupledGroup, ParamSlice
 
 
@@ -71,11 +72,17 @@ class Layout:
             for rows in gathers.values()
         ]
         self._bad = torch.zeros(total, dtype=torch.bool, device=device)
-
-    @property
-    def names(self) -> list[str]:
-        """Parameters that any channel owns a part of."""
-        return list(self._pieces)
+        number = {name: i for i, name in enumerate(params)}
+        in_order = sorted((p.start, number[name], p.dims) for name, ps in self._pieces.items() for p in ps)
+        self.table = ReduceTable([p.detach() for p in params.values()], [(i, dims) for _, i, dims in in_order])
+        assert self.table.starts == [start for start, _, _ in in_order]
+        self._names = list(params)
+        self._channels = ChannelTable(
+            self.n_channels,
+            total,
+            [(r.group.offset, r.slice.index + starts[r.slice.param, r.slice.dims]) for r in self.runs],
+            device=device,
+        )
 
     def reduce(self, values: Mapping[str, Tensor | None]) -> Tensor:
         """Sum every parameter's values over the dims outside each piece: ``(n_pieces,)``; absent values are zero.
@@ -83,17 +90,35 @@ class Layout:
         Entries that are not finite are remembered for :meth:`bad_parameter`; nothing is synchronised.
         """
         out = torch.zeros(self.n_pieces, dtype=self.dtype, device=self.device)
-        for name, pieces in self._pieces.items():
+        for name in self._pieces:
             value = values.get(name)
-            if value is None:
-                continue
-            value = value.detach()
-            if value.dim() > 2 and all(max(p.dims) < 2 for p in pieces):
-                value = value.flatten(2).sum(2, dtype=self.dtype)  # one pass over the large tensor serves all pieces
-            for p in pieces:
-                out[p.start : p.start + p.size] = _sum_to(value, p.dims, self.dtype)
-        self._bad |= ~torch.isfinite(out)
+            if value is not None:
+                self.add(out, name, value.detach())
+        self.note_bad(out)
         return out
+
+    def add(self, out: Tensor, name: str, value: Tensor, share: float = 1.0) -> None:
+        """Add ``share`` times one parameter's values, summed to its pieces, to ``out``."""
+        pieces = self._pieces[name]
+        if value.dim() > 2 and all(max(p.dims) < 2 for p in pieces):
+            value = value.flatten(2).sum(2, dtype=self.dtype)  # one pass over the large tensor serves all pieces
+        for p in pieces:
+            out[p.start : p.start + p.size].add_(_sum_to(value, p.dims, self.dtype), alpha=share)
+
+    def note_bad(self, pieces: Tensor) -> None:
+        """Remember entries that are not finite for :meth:`bad_parameter`."""
+        self._bad |= ~torch.isfinite(pieces)
+
+    def reduce_probe(
+        self,
+        values: Sequence[Tensor | None] | Mapping[int, Tensor | None],
+        seed: int,
+        probe: int,
+        out: Tensor | None = None,
+        share: float = 1.0,
+    ) -> Tensor:
+        """:meth:`reduce` of values (by number of the parameter) times the signs of a probe, added to ``out``."""
+        return hutchinson_reduce(self.table, values, seed, probe, out=out, alpha=share)
 
     def reduce_product(self, a: Mapping[str, Tensor | None], b: Mapping[str, Tensor | None]) -> Tensor:
         """:meth:`reduce` of ``a * b``, in the accumulation dtype."""
@@ -124,6 +149,10 @@ class Layout:
             i = j
         return out
 
+    def scaled_channels(self, pieces: Tensor, scale: Tensor) -> Tensor:
+        """``channels(cells(pieces) * scale)`` in one go."""
+        return channel_sums(self._channels, pieces, scale)
+
     def per_cell(self, value: Callable[[Run], float]) -> Tensor:
         """One number a slice, repeated for its cells: ``(n_cells,)``."""
         numbers = np.repeat([float(value(r)) for r in self.runs], [r.group.n_channels for r in self.runs])
@@ -144,6 +173,10 @@ class Layout:
 
     def bad_parameter(self) -> str | None:
         """Name of the first parameter whose values were not finite since the last call."""
+        of_probes = self.table.bad.nonzero()
+        self.table.bad.zero_()
+        if len(of_probes):
+            return self._names[int(of_probes[0])]
         bad, self._bad = self._bad, torch.zeros_like(self._bad)
         if not bool(bad.any()):
             return None

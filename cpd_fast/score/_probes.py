@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from cpd_fast.ops import rademacher
+
+_PROBES_OF_A_RANK = 2**20
 
 
 class Probes:
@@ -27,12 +32,19 @@ class Probes:
         return self._seed
 
     def next(self, count: int = 1) -> int:
-        """Number of the next probe, the first of ``count``."""
+        """Number of the next probe, the first of ``count``; ranks of a process group take different ones."""
         self._next += count
-        return self._next - count
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return (rank * _PROBES_OF_A_RANK + self._next - count) % 2**32
+
+    def state(self) -> tuple[int | None, int]:
+        """What :meth:`set_state` continues from."""
+        return self._seed, self._next
+
+    def set_state(self, state: tuple[int | None, int]) -> None:
+        """Continue another stream."""
+        self._seed, self._next = state
 
     def signs(self, like: Tensor, probe: int, tensor: int) -> Tensor:
         """Signs shaped, typed and laid out like ``like``."""
-        g = torch.Generator().manual_seed(hash((self.seed, probe, tensor)))
-        flat = torch.randint(2, like.shape, generator=g, dtype=torch.int8).to(like.device, like.dtype).mul_(2).sub_(1)
-        return torch.empty_like(like).copy_(flat)
+        return rademacher(like, self.seed, probe, tensor)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from cpd_fast.errors import ScoreError
 from cpd_fast.score._layout import Layout
 from cpd_fast.score._moments import Moments
+from cpd_fast.score._parts import Closure
 from cpd_fast.score._probes import Probes
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores
 
-Closure = Callable[[], Tensor]
+if TYPE_CHECKING:
+    from cpd_fast.score._finite import Step
 
 
 @dataclass
@@ -54,7 +56,8 @@ class Context:
         self._plan, self._masks = plan, _Masks()
         self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
         self.probes = Probes(self.generator)
-        self.samples: int | None = None  # of the batch at hand, where that is known
+        self.samples: int | None = None  # of the (micro-)batch at hand, where that is known
+        self.info: dict[str, Any] = {}  # for scores.info
         own = dict(model.named_parameters(remove_duplicate=False))
         self.params: dict[str, nn.Parameter] = {}
         for name in dict.fromkeys(s.param for g in graph.groups for s in g.slices):
@@ -73,6 +76,8 @@ class Context:
             raise ScoreError("no channel owns a parameter of this model: there is nothing to score")
         self.layout = Layout(graph, self.params)
         self.graph_is_checked = False  # HessianTrace: the autograd graph has no dead ends
+        self.engine: tuple[str, str] | None = None  # HessianTrace: which engine runs, and why
+        self.step: Step | None = None  # HessianTrace: of finite differences
 
     @property
     def plan(self) -> PrunePlan | None:
@@ -122,6 +127,18 @@ class Context:
     def cuda_devices(self) -> list[int]:
         """Where the scored parameters lie, if on GPUs."""
         return sorted({t.device.index for t in self.tensors if t.device.type == "cuda"})
+
+    def refuse_unused(self, gradients: Sequence[Tensor | None]) -> None:
+        """Raise if no scored parameter has a gradient.
+
+        Raises:
+            ScoreError: If the loss depends on none of them.
+        """
+        if all(g is None for g in gradients):
+            raise ScoreError(
+                f"the loss depends on none of the {len(self.params)} scored parameters "
+                f"({next(iter(self.params))} ...): it must be computed with the model that is passed to loss_fn"
+            )
 
     def moments(self) -> Moments:
         """An empty accumulator for this graph."""
@@ -187,7 +204,13 @@ class Criterion(ABC):
         if count == 0:
             raise ScoreError(f"{type(self).__name__}: no batches; give at least one")
         spread, values = moments.stderr, context.split(moments.mean)
-        info: dict[str, Any] = {"observations": count, "normalize": self.normalize}
+        info: dict[str, Any] = {
+            "observations": count,
+            "batches": int(moments.batches),
+            "normalize": self.normalize,
+            **context.info,
+            **self.information(context, moments),
+        }
         if self.is_magnitude:  # what merge_scores needs
             info["signed_means"] = {k: v.float().cpu() for k, v in values.items()}
             values = {k: v.abs() for k, v in values.items()}
@@ -199,15 +222,33 @@ class Criterion(ABC):
             info=info,
         )
 
+    def enough(self, batch: Moments, taken: int) -> bool:
+        """Whether a batch needs no more than the ``taken`` observations that it gave."""
+        return False
+
+    def finished(self, moments: Moments) -> bool:
+        """Whether no more batches are needed."""
+        return False
+
+    def information(self, context: Context, moments: Moments) -> dict[str, object]:
+        """What ``scores.info`` says beside the counts."""
+        return {}
+
     @property
     def is_magnitude(self) -> bool:
         """Whether the score is the magnitude of the mean of the observations, and not the mean itself."""
         return False
 
 
-def first_gradients(context: Context, closure: Closure, create_graph: bool = False) -> tuple[Tensor | None, ...]:
-    """Gradients of a checked loss with respect to the scored parameters; ``.grad`` is not touched."""
-    return torch.autograd.grad(checked(closure()), context.tensors, create_graph=create_graph, allow_unused=True)
+def first_gradients(
+    context: Context, closure: Closure, create_graph: bool = False, scale: float = 1.0
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a checked loss (times ``scale``) for the scored parameters; ``.grad`` is not touched."""
+    loss = checked(closure())
+    loss = loss if scale == 1 else loss * scale
+    grads = torch.autograd.grad(loss, context.tensors, create_graph=create_graph, allow_unused=True)
+    context.refuse_unused(grads)
+    return grads
 
 
 def checked(loss: Tensor) -> Tensor:
@@ -225,7 +266,7 @@ def checked(loss: Tensor) -> Tensor:
             "the loss has no graph: it does not depend on any parameter; compute it with this model, outside "
             "torch.no_grad() and without .item() or .detach()"
         )
-    if not bool(torch.isfinite(loss.detach()).all()):
+    if not isinstance(loss, FakeTensor) and not bool(torch.isfinite(loss.detach()).all()):
         raise ScoreError(f"the loss is {float(loss.detach()):g}; check the batch for NaN or lower the learning rate")
     return loss.reshape(())
 
@@ -247,47 +288,3 @@ def quiet(context: Context) -> Iterator[None]:
             p.requires_grad_(False)
         for m, training in modes:
             m.training = training
-
-
-_UNSUPPORTED = re.compile(r"derivative (?:for|of) '?([\w:.]+)'? is not implemented|trying to differentiate twice")
-
-
-@contextmanager
-def double_backward_errors(criterion: str) -> Iterator[None]:
-    """Turn autograd's complaint about a missing double backward into ours.
-
-    Raises:
-        ScoreError: If an operator has no double backward.
-        RuntimeError: Any other, as it came.
-    """
-    try:
-        yield
-    except RuntimeError as e:
-        found = _UNSUPPORTED.search(str(e))
-        if found is None or isinstance(e, ScoreError):
-            raise
-        op = found.group(1) or "a custom autograd.Function marked @once_differentiable"
-        raise ScoreError(
-            f"{criterion}: {op} has no double backward; use {criterion}(engine='finite_difference')"
-        ) from e
-
-
-def refuse_dead_ends(grads: Sequence[Tensor]) -> None:
-    """Raise where autograd would silently drop a second derivative.
-
-    The gradient of a function marked ``@once_differentiable`` hangs on an error node that is connected to nothing:
-    asking for the derivative with respect to parameters never reaches it, and its part would just be missing.
-
-    Raises:
-        RuntimeError: If there is such a node; in PyTorch's own words.
-    """
-    seen: set[Any] = set()
-    todo = [g.grad_fn for g in grads]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
-        todo += [n for n, _ in node.next_functions]

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cpd_fast.errors import ScoreError
-from cpd_fast.score._conv import DoubleDifferentiable
+from cpd_fast.score._double import double_backward_errors, double_differentiable, refuse_dead_ends
 from cpd_fast.score._gates import Gates, Marks, Rows
+from cpd_fast.score._parts import parts_of
 from cpd_fast.score._probes import Probes
-from cpd_fast.score.criterion import Closure, Context, Criterion, checked, double_backward_errors, refuse_dead_ends
+from cpd_fast.score.criterion import Closure, Context, Criterion, checked
 
 _ENGINES = ("retained", "finite_difference")
 
@@ -50,12 +50,17 @@ class GroupFisher(Criterion):
     def observe(self, context: Context, closure: Closure | None) -> Iterator[Tensor]:
         """Yield one observation a batch."""
         assert closure is not None
-        marks = Marks(context)
-        with marks:
-            loss = checked(closure())
-        grads = torch.autograd.grad(loss, marks.tensors, allow_unused=True) if marks.tensors else ()
-        marks.refuse_unseen("GroupFisher")
-        yield _squared_gate_gradients(context, marks, grads)
+        layout = context.layout
+        total = torch.zeros(layout.n_channels, dtype=layout.dtype, device=layout.device)
+        for part in parts_of(closure):
+            context.samples = part.samples
+            marks = Marks(context)
+            with marks:
+                loss = checked(part.closure())
+            grads = torch.autograd.grad(loss, marks.tensors, allow_unused=True) if marks.tensors else ()
+            marks.refuse_unseen("GroupFisher")
+            total += part.weight**2 * _squared_gate_gradients(context, marks, grads)
+        yield total
 
 
 def _squared_gate_gradients(context: Context, marks: Marks, grads: tuple[Tensor | None, ...]) -> Tensor:
@@ -142,18 +147,27 @@ class GateHessian(Criterion):
     def observe(self, context: Context, closure: Closure | None) -> Iterator[Tensor]:
         """Yield one observation a probe."""
         assert closure is not None
-        rows = Rows(context)
-        with rows:  # with a graph, through which masked weights are known; it is dropped at once
-            closure()
-        rows.refuse_unseen("GateHessian")
-        products = _retained if self.engine == "retained" else _moved_gates
-        layout = context.layout
-        for hz in products(self, context, closure, rows.samples):
-            out = torch.zeros(layout.n_channels, dtype=layout.dtype, device=layout.device)
-            for g in context.graph.groups:
-                if g.name in hz:
-                    out[g.offset : g.offset + g.n_channels] = hz[g.name] / 2
-            yield out
+        layout, products = context.layout, _retained if self.engine == "retained" else _moved_gates
+        parts = parts_of(closure)
+        total: list[Tensor] = []
+        for part in parts:
+            context.samples = part.samples
+            rows = Rows(context)
+            with rows:  # with a graph, through which masked weights are known; it is dropped at once
+                part.closure()
+            rows.refuse_unseen("GateHessian")
+            for k, hz in enumerate(products(self, context, part.closure, rows.samples)):
+                out = torch.zeros(layout.n_channels, dtype=layout.dtype, device=layout.device)
+                for g in context.graph.groups:
+                    if g.name in hz:
+                        out[g.offset : g.offset + g.n_channels] = hz[g.name] * (part.weight / 2)
+                if len(parts) == 1:
+                    yield out
+                elif k < len(total):
+                    total[k] += out
+                else:
+                    total.append(out)
+        yield from total
 
     @property
     def is_magnitude(self) -> bool:
@@ -172,7 +186,7 @@ def _retained(criterion: GateHessian, context: Context, closure: Closure, sample
     """``sum_n z . (H z)`` of every channel by group name, for each probe."""
     gates = Gates(context, samples)
     with double_backward_errors("GateHessian"):
-        with DoubleDifferentiable(), sdpa_kernel(SDPBackend.MATH), gates:
+        with double_differentiable(), gates:
             loss = checked(closure())
         leaves = gates.gates
         found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)

@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
+from cpd_fast.score._parts import parts_of
 from cpd_fast.score.criterion import Closure, Context, Criterion, first_gradients
 
 
@@ -40,7 +41,13 @@ class Taylor(Criterion):
     def observe(self, context: Context, closure: Closure | None) -> Iterator[Tensor]:
         """Yield one observation a batch."""
         assert closure is not None
-        yield self.from_gradients(context, context.by_name(first_gradients(context, closure)))
+        total: list[Tensor | None] = [None] * len(context.tensors)
+        for part in parts_of(closure):
+            for i, g in enumerate(first_gradients(context, part.closure)):
+                if g is not None:
+                    known = total[i]
+                    total[i] = g * part.weight if known is None else known.add_(g, alpha=part.weight)
+        yield self.from_gradients(context, context.by_name(total))
 
     def from_gradients(self, context: Context, gradients: Mapping[str, Tensor | None]) -> Tensor:
         """One observation from a training step's gradients, ``(n_channels,)``."""

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cpd_fast.errors import ScoreError
-from cpd_fast.score._conv import DoubleDifferentiable
-from cpd_fast.score.criterion import (
-    Closure,
-    Context,
-    Criterion,
+from cpd_fast.ops import squared_norms
+from cpd_fast.score._double import (
+    NoDoubleBackwardError,
     double_backward_errors,
-    first_gradients,
+    double_differentiable,
     refuse_dead_ends,
 )
+from cpd_fast.score._finite import Differences, Step
+from cpd_fast.score._moments import Moments
+from cpd_fast.score._parts import Part, parts_of
+from cpd_fast.score.criterion import Closure, Context, Criterion, first_gradients
 
-_ENGINES = ("retained", "finite_difference")
+ENGINES = ("auto", "retained", "streaming", "finite_difference")
+_FEWEST_BATCHES = 4  # before their spread may end a run
+_UNCERTAIN = 0.25  # relative error of a finite difference that is worth a warning
 
 
 @dataclass(frozen=True)
@@ -38,37 +41,53 @@ class HessianTrace(Criterion):
     comes from the off-diagonal of H only. The model runs in eval mode.
 
     Attributes:
-        num_probes: Probes a batch. More batches serve as well as more probes.
-        engine: ``"retained"``: exact Hessian-vector products by double backward through one retained graph a batch;
-            about 2.0 times a forward + backward a probe and its memory twice. ``"finite_difference"``: one more
-            gradient a probe at parameters moved along the probe, which are restored bit for bit whatever happens; works
-            with every operator, in the memory of a training step and a copy of the parameters. Its error of first
-            order in the step is odd in the probe and averages out; a step across the kink of a ReLU shows as a rare
-            large observation (longer steps tame them).
+        num_probes: Probes a batch, at most (see ``stop``). More batches serve better than more probes.
+        engine: How H v is computed.
+
+            - ``"retained"``: double backward through one graph a batch, kept for all its probes. Exact; about 2 times a
+              forward + backward a probe, and twice its memory.
+            - ``"streaming"``: the same with a fresh graph a probe, freed while it is used: less memory, more time. With
+              ``num_probes=1`` it is ``"retained"``: one fresh batch a probe.
+            - ``"finite_difference"``: one more gradient a probe at parameters moved along it, which are restored bit
+              for bit whatever happens. Works with every operator, fused attention, autocast and compiled models, in the
+              memory of a forward and backward plus a copy of the parameters. Its error of first order in the step is
+              odd in the probe and averages out; a step across the kink of a ReLU shows as a rare large observation.
+              ``scores.info`` has the step and its estimated relative error.
+            - ``"auto"``: ``"retained"``, or ``"finite_difference"`` where an operator has no double backward, or what
+              fits into :func:`cpd_fast.score`'s ``memory_limit``. ``scores.info`` says which, and why.
         signed: False scores a channel by the magnitude of its mean over all probes. True leaves the sign (channels of
             negative curvature go first, as in HAP): with few probes about half of the means are negative and most of
             these signs are noise, so use it with many probes only, and without ``per_cost``.
-        step: Length of the finite-difference step a parameter; ``None`` is 2 sqrt(eps) (1 + ||w||) / ||v||.
-        generator: Source of the probes; ``None`` is a fresh one on the CPU with seed 0 for every call. A CPU generator
-            serves models on any device, with the same probes.
+        stop: Relative error at which to stop early: the sum of the channels' standard errors over the sum of the
+            magnitudes of their means. A batch ends where its probes are this precise; the run ends, after four batches
+            at least, where the mean over batches is. None: all probes of all batches.
+        check_every: Probes between looks at ``stop``; only these wait for the device.
+        step: Length of the finite-difference step a parameter; ``None`` chooses it, with three or more gradients.
+        loss_scale: The loss is multiplied by it before every backward pass and the result divided, so that fp16
+            gradients under autocast do not vanish; a power of two.
+        generator: Gives the seed of the probes, whatever device it is on; ``None`` is seed 0 for every call. Probes are
+            a function of (seed, probe, parameter), the same on every device.
 
     Raises:
         ScoreError: If an argument is out of range; while scoring, if the loss is not a finite scalar with a graph, a
-            Hessian-vector product is not finite, an operator has no double backward (engine ``"retained"``), or a
-            parameter is of half precision (engine ``"finite_difference"``).
+            Hessian-vector product is not finite, an operator has no double backward (engines ``"retained"`` and
+            ``"streaming"``), or a parameter is of half precision (engine ``"finite_difference"``).
 
     Source: Yu et al., arXiv:2101.08940 (HAP), relative Hessian trace; their code leaves the 1/2 out, keeps the sign and
     scores output rows only. Adding the columns of the coupled consumers and taking the magnitude are ours.
 
     Example:
         >>> HessianTrace(num_probes=4).engine
-        'retained'
+        'auto'
     """
 
     num_probes: int = 1
-    engine: str = "retained"
+    engine: str = "auto"
     signed: bool = False
+    stop: float | None = None
+    check_every: int = 4
     step: float | None = None
+    loss_scale: float = 1.0
     generator: torch.Generator | None = None
 
     data: ClassVar[str] = "loss"
@@ -76,140 +95,138 @@ class HessianTrace(Criterion):
     def __post_init__(self) -> None:
         if self.num_probes < 1:
             raise ScoreError(f"HessianTrace: num_probes must be at least 1, got {self.num_probes}")
-        if self.engine not in _ENGINES:
-            raise ScoreError(f"HessianTrace: engine={self.engine!r}: expected one of {', '.join(_ENGINES)}")
+        if self.engine not in ENGINES:
+            raise ScoreError(f"HessianTrace: engine={self.engine!r}: expected one of {', '.join(ENGINES)}")
         if self.step is not None and not self.step > 0:
             raise ScoreError(f"HessianTrace: step must be positive, got {self.step}")
+        if self.stop is not None and not self.stop > 0:
+            raise ScoreError(f"HessianTrace: stop must be a positive relative error, got {self.stop}")
+        if self.check_every < 1:
+            raise ScoreError(f"HessianTrace: check_every must be at least 1, got {self.check_every}")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise ScoreError(
+                "HessianTrace: generator must be a torch.Generator (of any device), got "
+                f"{type(self.generator).__name__}"
+            )
+        if not 0 < self.loss_scale < float("inf"):
+            raise ScoreError(f"HessianTrace: loss_scale must be positive and finite, got {self.loss_scale}")
 
     def observe(self, context: Context, closure: Closure | None) -> Iterator[Tensor]:
         """Yield one observation a probe."""
         assert closure is not None
         layout = context.layout
-        weights = dict(context.weights)
-        scale = layout.cells(layout.reduce_product(weights, weights)) / (2 * context.elements)
-        products = _retained if self.engine == "retained" else _finite_difference
-        for v, hv in products(self, context, closure):
-            traces = layout.cells(layout.reduce_product(context.by_name(v), context.by_name(hv)))
-            yield layout.channels(traces * scale)
+        norms = squared_norms(layout.table, list(context.weights.values()))
+        scale = layout.cells(norms) / (2 * context.elements)
+        first = context.probes.next(self.num_probes)
+        probes = range(first, first + self.num_probes)
+
+        def channels(pieces: Tensor) -> Tensor:
+            return layout.scaled_channels(pieces, scale)
+
+        for pieces in self._products(context, parts_of(closure), probes, channels):
+            yield channels(pieces)
+
+    def _products(
+        self, context: Context, parts: Sequence[Part], probes: range, channels: Callable[[Tensor], Tensor]
+    ) -> Iterator[Tensor]:
+        """``v . (H v)`` summed to pieces for each probe, by the engine that this model and its memory admit."""
+        engine, why = context.engine or (self.engine, "asked for")
+        if engine == "auto":
+            try:
+                exact = _retained(context, parts, probes, self.loss_scale)
+                head = next(exact)
+            except NoDoubleBackwardError as e:
+                engine, why = "finite_difference", f"{str(e).removeprefix('HessianTrace: ').split(';')[0]}"
+            else:
+                context.engine = ("retained", "exact, and every operator has a double backward")
+                yield head
+                yield from exact
+                return
+        context.engine = (engine, why)
+        if engine == "finite_difference":
+            differences = Differences(context, parts, self.loss_scale)
+            if self.step is not None:
+                context.step = Step(self.step, None)
+            elif context.step is None:
+                context.step = differences.choose(probes[0], channels)
+            yield from differences.products(probes, context.step.length)
+        elif engine == "streaming":
+            for k in probes:
+                yield from _retained(context, parts, range(k, k + 1), self.loss_scale)
+        else:
+            yield from _retained(context, parts, probes, self.loss_scale)
+
+    def enough(self, batch: Moments, taken: int) -> bool:
+        """Whether the probes of a batch are as precise as ``stop`` asks; looks every ``check_every`` probes only."""
+        if self.stop is None or taken % self.check_every:
+            return False
+        return batch.relative_error() <= self.stop
+
+    def finished(self, moments: Moments) -> bool:
+        """Whether the mean over batches is as precise as ``stop`` asks."""
+        if self.stop is None or float(moments.batches) < _FEWEST_BATCHES:
+            return False
+        return moments.relative_error() <= self.stop
 
     @property
     def is_magnitude(self) -> bool:
         """Whether signs are dropped once the mean is taken."""
         return not self.signed
 
+    def information(self, context: Context, moments: Moments) -> dict[str, object]:
+        """Engine and why, the step and its error, and the relative error reached."""
+        info: dict[str, object] = {}
+        if context.engine is not None:
+            info["engine"], info["engine_reason"] = context.engine
+        if context.step is not None:
+            info["step"], info["step_error"] = context.step.length, context.step.error
+            if context.step.error is not None and context.step.error > _UNCERTAIN:
+                warnings.warn(
+                    f"HessianTrace: finite differences of this model are off by about {context.step.error:.0%}; use "
+                    "engine='retained', smoother activations, or loss_scale under fp16 autocast",
+                    stacklevel=4,
+                )
+        if self.stop is not None:
+            info["relative_error"] = moments.relative_error()
+        return info
 
-_Product = tuple[list[Tensor], Sequence[Tensor | None]]  # v, H v
+
+def _retained(context: Context, parts: Sequence[Part], probes: range, loss_scale: float) -> Iterator[Tensor]:
+    """By double backward, one graph a micro-batch; all micro-batches see the same probes."""
+    if len(parts) == 1:
+        yield from _one_graph(context, parts[0], probes, loss_scale)
+        return
+    total: list[Tensor] = []
+    for part in parts:
+        for k, pieces in enumerate(_one_graph(context, part, probes, loss_scale)):
+            if k == len(total):
+                total.append(torch.zeros_like(pieces))
+            total[k] += part.weight * pieces
+    yield from total
 
 
-def _retained(criterion: HessianTrace, context: Context, closure: Closure) -> Iterator[_Product]:
-    tensors = context.tensors
+def _one_graph(context: Context, part: Part, probes: range, loss_scale: float) -> Iterator[Tensor]:
+    tensors, layout = context.tensors, context.layout
     with double_backward_errors("HessianTrace"):
-        with DoubleDifferentiable(), sdpa_kernel(SDPBackend.MATH):
-            grads = first_gradients(context, closure, create_graph=True)
+        with double_differentiable():
+            grads = first_gradients(context, part.closure, create_graph=True, scale=loss_scale)
         # A gradient without a graph is constant: its row of the Hessian is zero.
         active = {i: g for i, g in enumerate(grads) if g is not None and g.requires_grad}
+        del grads
         if not context.graph_is_checked:
             refuse_dead_ends(list(active.values()))
             context.graph_is_checked = True
-        for k in range(criterion.num_probes):
-            v = _probe(tensors, context.generator)
+        for k in probes:
             if not active:
-                yield v, [None] * len(tensors)
+                yield torch.zeros(layout.n_pieces, dtype=layout.dtype, device=layout.device)
                 continue
             hv = torch.autograd.grad(
                 list(active.values()),
                 tensors,
-                [v[i] for i in active],
-                retain_graph=k + 1 < criterion.num_probes,
+                [context.probes.signs(tensors[i].detach(), k, i) for i in active],
+                retain_graph=k != probes[-1],
                 allow_unused=True,
             )
-            yield v, hv
-
-
-def _finite_difference(criterion: HessianTrace, context: Context, closure: Closure) -> Iterator[_Product]:
-    """Forward differences of the gradient.
-
-    Raises:
-        ScoreError: If a parameter is of half precision.
-    """
-    tensors = context.tensors
-    for name, t in context.params.items():
-        if t.dtype not in (torch.float32, torch.float64):
-            raise ScoreError(
-                f"HessianTrace: a finite difference needs fp32 parameters, {name} is {t.dtype}: a step would be lost "
-                "in rounding; keep the parameters in fp32 (autocast is fine) or use engine='retained'"
-            )
-
-    def gradients() -> tuple[Tensor | None, ...]:
-        with torch.random.fork_rng(_cuda(tensors)):  # the same random numbers every time
-            return first_gradients(context, closure)
-
-    before = gradients()
-    step = criterion.step or _step(tensors)
-    for _ in range(criterion.num_probes):
-        v = _probe(tensors, context.generator)
-        with _moved(tensors, v, step):
-            after = gradients()
-        yield v, [None if a is None or b is None else (a - b) / step for a, b in zip(after, before, strict=True)]
-
-
-def _step(tensors: Sequence[Tensor]) -> float:
-    """Balances rounding against curvature of the gradient."""
-    eps = max(torch.finfo(t.dtype).eps for t in tensors)
-    norm = float(torch.stack([t.detach().double().square().sum().cpu() for t in tensors]).sum().sqrt())
-    return 2 * eps**0.5 * (1 + norm) / sum(t.numel() for t in tensors) ** 0.5
-
-
-@contextmanager
-def _moved(tensors: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> Iterator[None]:
-    """Parameters at ``w + step * v``; restored bit for bit, also when interrupted."""
-    saved = [t.detach().clone() for t in tensors]
-    try:
-        # .data: what is restored exactly needs no new version, so graphs that hold these weights stay valid
-        for t, v in zip(tensors, direction, strict=True):
-            t.data.add_(v, alpha=step)
-        yield
-    finally:
-        interrupt: KeyboardInterrupt | None = None
-        while True:
-            try:
-                for t, s in zip(tensors, saved, strict=True):
-                    t.data.copy_(s)
-                break
-            except KeyboardInterrupt as e:  # a second Ctrl-C: restore first, then obey
-                interrupt = e
-        if interrupt is not None:
-            raise interrupt
-
-
-def _probe(tensors: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """Rademacher vectors shaped like ``tensors``, in their dtype: one bit a parameter, drawn at once."""
-    total = sum(t.numel() for t in tensors)
-    words = torch.randint(-(2**63), 2**63 - 1, (-(-total // 64),), generator=generator, device=generator.device)
-    packed: dict[torch.device, Tensor] = {}
-    out, start = [], 0
-    for t in tensors:
-        if t.device not in packed:
-            packed[t.device] = words.to(t.device).view(torch.uint8)
-        first, last = start // 8, -(-(start + t.numel()) // 8)
-        signs = torch.nn.functional.embedding(packed[t.device][first:last].int(), _signs(t.device, t.dtype))
-        skip = start - 8 * first
-        out.append(signs.reshape(-1)[skip : skip + t.numel()].view(t.shape))
-        start += t.numel()
-    return out
-
-
-_tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-
-def _signs(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The eight signs that each byte stands for, ``(256, 8)``."""
-    key = (device, dtype)
-    if key not in _tables:
-        bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
-        _tables[key] = (2 * bits - 1).to(device, dtype)
-    return _tables[key]
-
-
-def _cuda(tensors: Sequence[Tensor]) -> list[int]:
-    return sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+            pieces = layout.reduce_probe(hv, context.probes.seed, k, share=1 / loss_scale)
+            del hv
+            yield pieces

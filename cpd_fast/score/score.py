@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from cpd_fast.errors import ScoreError
 from cpd_fast.score._moments import Moments
+from cpd_fast.score._parts import BatchLoss
 from cpd_fast.score.criterion import Context, Criterion, quiet
 from cpd_fast.score.hessian import HessianTrace
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores
@@ -55,6 +55,7 @@ def score(
         torch.Size([8])
     """
     criterion = criterion if criterion is not None else HessianTrace()
+    seen = _callable_model(model, criterion)
     model = unwrap(model)
     context = Context(model, graph, criterion.seeded(), plan)
     moments = context.moments()
@@ -66,8 +67,14 @@ def score(
             if batches is None or loss_fn is None:
                 raise ScoreError(f"{type(criterion).__name__} needs batches and loss_fn(model, batch) -> scalar loss")
             for batch in batches:
-                for observation in criterion.observe(context, partial(loss_fn, model, batch)):
-                    moments.add(observation)
+                one = context.moments()
+                for taken, observation in enumerate(criterion.observe(context, BatchLoss(loss_fn, seen, batch)), 1):
+                    one.add(observation)
+                    if criterion.enough(one, taken):
+                        break
+                moments.add_batch(one)
+                if criterion.finished(moments):
+                    break
     return criterion.finish(context, moments)
 
 
@@ -99,27 +106,40 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
                 f"cannot merge {other.criterion} of model {other.fingerprint} with {first.criterion} of model "
                 f"{first.fingerprint}; merge scores of one criterion on one graph"
             )
-    values, stderr, total = {}, {}, 0
+    values, stderr, total, batches = {}, {}, 0, 0
     signed = [part.info.get("signed_means", part) for part in parts]  # scores that are magnitudes: what they are of
     for name in first:
         moments = Moments(first[name].numel())
         for part, means in zip(parts, signed, strict=True):
             n = int(part.info.get("observations", 1))
+            b = int(part.info.get("batches", n))
             its = Moments(first[name].numel())
             its.count += n
+            its.batches += b
             its.mean += means[name]
             if name in part.stderr:
-                its.m2 += part.stderr[name].double() ** 2 * n * (n - 1)
+                square = part.stderr[name].double() ** 2
+                its.between += square * n * (b - 1)
+                its.m2 += square * n * (b - 1 if b > 1 else n - 1)
             moments.merge(its)
-        values[name], total = moments.mean, int(moments.count)
+        values[name], total, batches = moments.mean, int(moments.count), int(moments.batches)
         spread = moments.stderr
         if spread is not None:
             stderr[name] = spread.float()
-    info: dict[str, Any] = {**first.info, "observations": total}
+    info: dict[str, Any] = {**first.info, "observations": total, "batches": batches}
     if "signed_means" in info:
         info["signed_means"] = {k: v.float() for k, v in values.items()}
         values = {k: v.abs() for k, v in values.items()}
     return Scores(values, criterion=first.criterion, fingerprint=first.fingerprint, stderr=stderr, info=info)
+
+
+def _callable_model(model: nn.Module, criterion: Criterion) -> nn.Module:
+    """What ``loss_fn`` is given: a compiled model where only gradients of it are taken, else the user's own module."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    if isinstance(criterion, HessianTrace) and criterion.engine == "finite_difference":
+        return model
+    return unwrap(model)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from cpd_fast.errors import ScoreError
 from cpd_fast.schedule import plan_cost
 from cpd_fast.score import BNScale, GroupFisher, HessianTrace, Magnitude, Random, Taylor, merge_scores, score
 from cpd_fast.score._moments import Moments
-from cpd_fast.score.criterion import Context
+from cpd_fast.score.criterion import Context, Criterion
 from cpd_fast.types import PrunePlan
 from tests.helpers import build_graph, grouped, mlp, two_conv
 
@@ -196,23 +196,48 @@ def test_random_is_repeatable_and_follows_its_generator():
     assert not torch.equal(c["0"], d["0"])
 
 
-@pytest.mark.parametrize("criterion", [HessianTrace(3), Taylor(), GroupFisher()], ids=str)
+class Given(Criterion):
+    """Observations that come with the batch: ``closure()`` is ``(k, n_channels)``."""
+
+    def observe(self, context, closure):
+        yield from closure()
+
+    def __repr__(self):
+        return "Given()"
+
+
+def test_standard_errors_are_over_batches():
+    """Probes of one batch share it: 50 of them tell no more about other batches than its mean does."""
+    model, graph = mlp()
+    n = graph.n_channels
+    g = torch.Generator().manual_seed(0)
+    data = [torch.randn(n, generator=g) + 0.01 * torch.randn(50, n, generator=g) for _ in range(6)]
+    scores = score(model, graph, data, lambda m, b: b, Given())
+    means = torch.stack([d.mean(0) for d in data]).double()
+    expected = means.std(0) / 6**0.5
+    got = torch.cat([scores.stderr[k] for k in scores]).double()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+    assert (scores.info["observations"], scores.info["batches"]) == (300, 6)
+    alone = score(model, graph, data[:1], lambda m, b: b, Given())
+    got = torch.cat([alone.stderr[k] for k in alone])
+    torch.testing.assert_close(got, data[0].std(0) / 50**0.5, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("criterion", [Given(), Taylor(), GroupFisher()], ids=str)
 def test_merged_ranks_equal_one_run(criterion):
     model, graph = mlp()
-    data = batches(5, classes=3, count=4)
-    if isinstance(criterion, HessianTrace):  # the ranks share one stream of probes here, so that the sums are the same
-        criterion = HessianTrace(3, generator=torch.Generator().manual_seed(0))
-    parts = [
-        score(model, graph, data[:1], cross_entropy, criterion),
-        score(model, graph, data[1:], cross_entropy, criterion),
-    ]
-    if isinstance(criterion, HessianTrace):
-        criterion.generator.manual_seed(0)
-    whole, merged = score(model, graph, data, cross_entropy, criterion), merge_scores(parts)
-    for n in whole:
-        torch.testing.assert_close(merged[n], whole[n], rtol=1e-5, atol=1e-9)
-        torch.testing.assert_close(merged.stderr[n], whole.stderr[n], rtol=1e-4, atol=1e-9)
-    assert merged.info["observations"] == whole.info["observations"]
+    if isinstance(criterion, Given):
+        data, loss = [torch.randn(k, graph.n_channels) for k in (3, 5, 1, 3)], lambda m, b: b
+    else:
+        data, loss = batches(5, classes=3, count=4), cross_entropy
+    for cut in (1, 2):
+        parts = [score(model, graph, d, loss, criterion) for d in (data[:cut], data[cut:])]
+        whole, merged = score(model, graph, data, loss, criterion), merge_scores(parts)
+        for n in whole:
+            torch.testing.assert_close(merged[n], whole[n], rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(merged.stderr[n], whole.stderr[n], rtol=1e-4, atol=1e-9)
+        assert merged.info["observations"] == whole.info["observations"]
+        assert merged.info["batches"] == whole.info["batches"]
 
 
 def test_merge_refuses_a_mixture():

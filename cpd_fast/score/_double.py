@@ -1,0 +1,69 @@
+"""Double backward: the forward it needs, its errors in our words, and what autograd would silently drop."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cpd_fast.errors import ScoreError
+from cpd_fast.score._conv import DoubleDifferentiable
+
+
+class NoDoubleBackwardError(ScoreError):
+    """An operator of the model has no double backward."""
+
+
+@contextmanager
+def double_differentiable() -> Iterator[None]:
+    """The forward inside has a double backward: own convolutions, attention in its explicit form."""
+    with DoubleDifferentiable(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+_UNSUPPORTED = re.compile(r"derivative (?:for|of) '?([\w:.]+)'? is not implemented|trying to differentiate twice")
+
+
+@contextmanager
+def double_backward_errors(criterion: str) -> Iterator[None]:
+    """Turn autograd's complaint about a missing double backward into ours.
+
+    Raises:
+        NoDoubleBackwardError: If an operator has no double backward.
+        RuntimeError: Any other, as it came.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        found = _UNSUPPORTED.search(str(e))
+        if found is None or isinstance(e, ScoreError):
+            raise
+        op = found.group(1) or "a custom autograd.Function marked @once_differentiable"
+        raise NoDoubleBackwardError(
+            f"{criterion}: {op} has no double backward; use {criterion}(engine='finite_difference')"
+        ) from e
+
+
+def refuse_dead_ends(grads: Sequence[Tensor]) -> None:
+    """Raise where autograd would silently drop a second derivative.
+
+    The gradient of a function marked ``@once_differentiable`` hangs on an error node that is connected to nothing:
+    asking for the derivative with respect to parameters never reaches it, and its part would just be missing.
+
+    Raises:
+        RuntimeError: If there is such a node; in PyTorch's own words.
+    """
+    seen: set[Any] = set()
+    todo = [g.grad_fn for g in grads]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+        todo += [n for n, _ in node.next_functions]

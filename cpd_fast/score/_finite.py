@@ -1,0 +1,176 @@
+"""Hessian-vector products by differences of gradients, with parameters moved in place and restored bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpd_fast.errors import ScoreError
+from cpd_fast.ops import perturb_
+from cpd_fast.score._parts import Part
+from cpd_fast.score.criterion import Context, checked
+
+_RATIO = 8.0  # between the steps that are compared
+_MOST_SHIFTS = 4  # of the three steps, while the best lies at their edge
+
+
+@dataclass(frozen=True)
+class Step:
+    """Length of a step a parameter, and its relative error as estimated (None: the step was given)."""
+
+    length: float
+    error: float | None
+
+
+class Differences:
+    """Forward differences of the gradient of one batch's loss.
+
+    Every gradient is reduced the moment autograd has it, and dropped: beside the parameters and their copy nothing of
+    their size is ever held, which is the memory of a plain forward and backward.
+
+    Args:
+        context: Model and graph.
+        parts: The micro-batches of the loss.
+        loss_scale: The loss is multiplied by it before the backward pass, the result divided.
+
+    Raises:
+        ScoreError: If a parameter is of half precision.
+    """
+
+    def __init__(self, context: Context, parts: Sequence[Part], loss_scale: float = 1.0) -> None:
+        self.context, self.parts, self.loss_scale = context, parts, loss_scale
+        for name, t in context.params.items():
+            if t.dtype not in (torch.float32, torch.float64):
+                raise ScoreError(
+                    f"HessianTrace: a finite difference needs fp32 parameters, {name} is {t.dtype}: a step would be "
+                    "lost in rounding; keep the parameters in fp32 (autocast is fine) or use engine='retained'"
+                )
+
+    def products(self, probes: Sequence[int], step: float) -> Iterator[Tensor]:
+        """``v . (H v)`` summed to pieces ``(n_pieces,)``, for each probe."""
+        before = self._reduced(self.parts, probes)
+        for k, probe in enumerate(probes):
+            with moved(self.context, probe, step):
+                (after,) = self._reduced(self.parts, [probe])
+            yield (after - before[k]) / step
+
+    def choose(self, probe: int, channels: Callable[[Tensor], Tensor]) -> Step:
+        """The step at which curvature of the gradient and rounding are in balance, by three gradients or a few more.
+
+        A difference over step h is off by a h from the third derivative and by b / h from rounding. Both are read off
+        the disagreement of three steps, a factor 8 apart, in the scores of all channels (sums of magnitudes).
+        """
+        part = self.parts[:1]
+        (before,) = self._reduced(part, [probe])
+
+        def observe(step: float) -> Tensor:
+            with moved(self.context, probe, step):
+                (after,) = self._reduced(part, [probe])
+            return channels((after - before) / step).double()
+
+        with precision_of(self.context.model) as precisions:
+            part[0].closure()
+        step = first_step(self.context, precisions)
+        seen = {s: observe(s) for s in (step / _RATIO, step, step * _RATIO)}
+        for shift in range(_MOST_SHIFTS + 1):
+            low, middle, high = (seen[s] for s in (step / _RATIO, step, step * _RATIO))
+            factor, error = _balance(float((middle - low).abs().sum()), float((high - middle).abs().sum()))
+            size = float(middle.abs().sum())
+            if factor < _RATIO or shift == _MOST_SHIFTS:
+                break
+            step *= _RATIO  # rounding rules still: autocast, or a flat loss
+            seen[step * _RATIO] = observe(step * _RATIO)
+        return Step(step * factor, error / size if size > 0 else 0.0)
+
+    def _reduced(self, parts: Sequence[Part], probes: Sequence[int]) -> Tensor:
+        """``v . g`` summed to pieces, ``(len(probes), n_pieces)``, of the gradient g where the parameters are now."""
+        context = self.context
+        layout = context.layout
+        out = torch.zeros(len(probes), layout.n_pieces, dtype=layout.dtype, device=layout.device)
+        for part in parts:
+
+            def take(g: Tensor, index: int, share: float = part.weight / self.loss_scale) -> Tensor:
+                g = g.detach()
+                for k, probe in enumerate(probes):
+                    layout.reduce_probe({index: g}, context.probes.seed, probe, out[k], share)
+                return g.new_zeros(()).expand_as(g)  # what is captured in its place holds no memory
+
+            hooks = [p.register_hook(lambda g, i=i: take(g, i)) for i, p in enumerate(context.tensors)]
+            try:
+                with torch.random.fork_rng(context.cuda_devices):  # the same random numbers every time
+                    loss = checked(part.closure())
+                found = torch.autograd.grad(loss * self.loss_scale, context.tensors, allow_unused=True)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            context.refuse_unused(found)
+        return out
+
+
+@contextmanager
+def precision_of(model: nn.Module) -> Iterator[set[torch.dtype]]:
+    """Collect the autocast dtypes under which modules are called inside the block."""
+    found: set[torch.dtype] = set()
+
+    def look(module: nn.Module, args: Any) -> None:
+        for p in module.parameters(recurse=False):
+            if torch.is_autocast_enabled(p.device.type):
+                found.add(torch.get_autocast_dtype(p.device.type))
+
+    hooks = [m.register_forward_pre_hook(look) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def first_step(context: Context, precisions: Iterable[torch.dtype] = ()) -> float:
+    """Where to look first: 2 sqrt(eps) (1 + ||w||) / ||v||, eps of the lowest precision that computes."""
+    eps = max(torch.finfo(d).eps for d in [*(t.dtype for t in context.tensors), *precisions])
+    norm = float(torch.stack([t.detach().double().square().sum().cpu() for t in context.tensors]).sum().sqrt())
+    return 2 * sqrt(eps) * (1 + norm) / sqrt(sum(t.numel() for t in context.tensors))
+
+
+def _balance(lower: float, upper: float) -> tuple[float, float]:
+    """Best factor on the middle step, in [1/8, 8], and the error there, from two disagreements.
+
+    With A = a h and B = b / h at the middle step, independent: lower^2 = (7/8 A)^2 + (8^2 + 1) B^2 and upper^2 =
+    (7 A)^2 + (1 + 1/8^2) B^2.
+    """
+    r = _RATIO
+    p, q, s, t = (1 - 1 / r) ** 2, r**2 + 1, (r - 1) ** 2, 1 + r**-2
+    determinant = q * s - p * t
+    curvature = max((q * upper**2 - t * lower**2) / determinant, 0.0)
+    rounding = max((s * lower**2 - p * upper**2) / determinant, 0.0)
+    factor = (rounding / curvature) ** 0.25 if curvature > 0 else r
+    factor = min(max(factor, 1 / r), r)
+    return factor, sqrt(curvature * factor**2 + rounding / factor**2)
+
+
+@contextmanager
+def moved(context: Context, probe: int, step: float) -> Iterator[None]:
+    """Parameters at ``w + step * v``; restored bit for bit, also when interrupted."""
+    tensors = context.tensors
+    saved = [t.detach().clone() for t in tensors]
+    try:
+        perturb_(tensors, step, context.probes.seed, probe)
+        yield
+    finally:
+        interrupt: KeyboardInterrupt | None = None
+        while True:
+            try:
+                for t, s in zip(tensors, saved, strict=True):
+                    t.data.copy_(s)  # .data: no new version, so graphs that hold these weights stay valid
+                break
+            except KeyboardInterrupt as e:  # a second Ctrl-C: restore first, then obey
+                interrupt = e
+        if interrupt is not None:
+            raise interrupt
