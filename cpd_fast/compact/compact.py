@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cpd_fast.comb.meta import clone_to_meta, unwrap
-from cpd_fast.compact.repair import Replayer, repair, repair_known
+from cpd_fast.compact.repair import repair, repair_known
+from cpd_fast.compact.replay import Replayer
 from cpd_fast.compact.shrink import Cut, box_shape, make_cut
 from cpd_fast.errors import CompactError, PlanError
 from cpd_fast.types import ChannelGraph, PrunePlan, ScaleSite

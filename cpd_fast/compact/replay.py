@@ -1,0 +1,237 @@
+"""The proof of a compaction: a label-checked replay on meta tensors.
+
+The compacted model runs with the surviving channels written on its parameters, under the same rules as comb; every
+union becomes the question whether the two channels are one, and every computing call must be the one that comb saw,
+with the shape that the plan leaves of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from cpd_fast.comb.calls import Call, constants
+from cpd_fast.comb.labels import LabelCheck, agree
+from cpd_fast.comb.meta import clone_to_meta, tensor_names
+from cpd_fast.comb.planes import Plane, State
+from cpd_fast.comb.sizes import SizeFix, fit, with_sizes
+from cpd_fast.comb.trace import Tracer, run_trace
+from cpd_fast.compact.shrink import box_shape
+from cpd_fast.errors import CompactError
+from cpd_fast.types import ChannelGraph, TraceStep
+
+
+@dataclass
+class Replay:
+    """How far a replay came: ``error`` is None when it came to the end and every channel met its own."""
+
+    done: int
+    module: str
+    error: Exception | None
+    scales: list[tuple[str, np.ndarray, float]]
+    resizes: dict[str, dict[int, SizeFix]]
+
+
+class Replayer:
+    """Replays a compacted model; made once a compaction, run once an edit.
+
+    Every computing call must be the one that comb saw, with the shape that the plan leaves of it, and channels may
+    only meet themselves.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, alive: np.ndarray, transparent: frozenset[str]) -> None:
+        self._model, self._graph, self._transparent = model, graph, transparent
+        self._planes = {name: _kept_planes(t.maps, t.shape, alive) for name, t in graph.tensors.items()}
+        left = Left(alive)
+        self.resizable: set[str] = set()  # modules in whose calls sizes may be put right
+        self._expected = [(s, *left.of(s.shape, s.maps)) for s in graph.steps]
+        self.steps = len(self._expected)
+
+    def run(self, prepare: Callable[[nn.Module, ReplayTracer], None] | None = None) -> Replay:
+        """One label-checked forward on meta tensors, in eval mode; ``prepare`` gets the copy that will run."""
+        clone = clone_to_meta(self._model, hooks=self._graph.needs_hooks).eval()
+        ids, _ = tensor_names(clone)
+        tracer = ReplayTracer(LabelCheck(), ids, dict(self._planes), heads=False)
+        tracer.on_unknown, tracer.transparent, tracer.expected = "freeze", self._transparent, self._expected
+        tracer.scales, tracer.resizes, tracer.resizable = [], {}, self.resizable
+        tracer.journal = None if prepare is None else []
+        if prepare is not None:
+            prepare(clone, tracer)
+        try:
+            run_trace(clone, *self._graph.inputs, tracer)
+        except Exception as e:
+            return Replay(tracer.done, tracer.module, e, [], {})
+        if tracer.output_shapes != self._graph.output_shapes or tracer.done != len(self._expected):
+            error = CompactError(f"output shapes {tracer.output_shapes}, expected {self._graph.output_shapes}")
+            return Replay(tracer.done, "", error, [], {})
+        return Replay(tracer.done, "", None, tracer.scales, tracer.resizes)
+
+
+_Expected = tuple[TraceStep, tuple[int, ...], list[Plane]]  # a computing call, the shape and channels left of it
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a replay that it can go back to."""
+
+    done: int
+    position: tuple[list[str], list[int], tuple[str, int], bool]
+    states: int
+    scales: int
+    resizes: dict[str, dict[int, SizeFix]]
+
+
+class ReplayTracer(Tracer):
+    """Compares every computing call with the one that comb saw, and goes on with what is expected of it."""
+
+    replay = True
+    expected: list[_Expected]
+    scales: list[tuple[str, np.ndarray, float]]
+    resizes: dict[str, dict[int, SizeFix]]
+    resizable: set[str]
+    journal: list[tuple[int, State | None]] | None  # states that were overwritten, while going back is possible
+    done = 0
+    wrong: frozenset[tuple[int, int]] = frozenset()  # sizes of the last call, where they are not what they must be
+
+    def set_state(self, t: Tensor, state: State) -> None:
+        """Remember the state of a tensor, and what it was."""
+        if self.journal is not None:
+            self.journal.append((id(t), self.states.get(id(t))))
+        super().set_state(t, state)
+
+    def mark(self) -> Mark:
+        """Where the trace is now."""
+        resizes = {name: dict(fixes) for name, fixes in self.resizes.items()}
+        position = (list(self.stack), list(self.sized), self.function, self._suspended)
+        return Mark(self.done, position, len(self.journal or ()), len(self.scales), resizes)
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget what came after ``mark``."""
+        self.done, self.wrong = mark.done, frozenset()
+        stack, sized, self.function, self._suspended = mark.position
+        self.stack[:], self.sized = stack, list(sized)
+        for key, state in reversed((self.journal or [])[mark.states :]):
+            if state is None:
+                self.states.pop(key, None)
+            else:
+                self.states[key] = state
+        del (self.journal or [])[mark.states :], self.scales[mark.scales :]
+        self.resizes = {name: dict(fixes) for name, fixes in mark.resizes.items()}
+
+    def resize(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: list[int]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put in the sizes that the plan leaves, in modules where nothing else helped.
+
+        Raises:
+            CompactError: If one call of a module needs different sizes in two of its forwards.
+        """
+        self.wrong = frozenset()
+        ahead = self.expected[self.done : self.done + 1]
+        if not ahead or ahead[0][0].op != name:
+            return args, kwargs
+        parts = int(ahead[0][0].constants[-1])
+        wanted = [shape for _, shape, _ in self.expected[self.done : self.done + parts]]
+        fix = fit(name, args, kwargs, sizes, wanted)
+        if fix is None:
+            return args, kwargs
+        if self.module not in self.resizable:
+            new = dict(enumerate(fix)) if isinstance(fix, list) else fix
+            self.wrong = frozenset((sizes[i], size) for i, size in new.items() if i < len(sizes))
+            return args, kwargs
+        if self.resizes.setdefault(self.module, {}).setdefault(self.sized[-1], fix) != fix:
+            raise CompactError(f"{name}: called with different sizes in two forwards of the module")
+        return with_sizes(name, args, kwargs, sizes, fix)
+
+    def step(self, call: Call, out: Tensor, state: State) -> None:
+        """Compare with the original call.
+
+        Raises:
+            CompactError: Where the compacted forward leaves the original one.
+        """
+        if self.done >= len(self.expected):
+            raise CompactError(f"the forward takes another path: {call.op} after the end")
+        wanted, shape, planes = self.expected[self.done]
+        if call.op != wanted.op:
+            raise CompactError(f"the forward takes another path: {call.op} where {wanted.op} was")
+        if tuple(out.shape) != shape:
+            self.wrong |= {pair for pair in zip(out.shape, shape, strict=False) if pair[0] != pair[1]}
+            raise CompactError(f"{call.op} gives shape {tuple(out.shape)}, the plan leaves {shape}")
+        self._compare_constants(call.op, wanted, constants(call))
+        for got in state.planes:
+            alike = [p.labels for p in planes if p.dims == got.dims]
+            if alike and not any(agree(got.labels, labels) for labels in alike):
+                raise CompactError(f"{call.op}: channels meet that do not belong together")
+        self.set_state(out, replace(state, planes=tuple(planes)))
+        self.done += 1
+
+    def _compare_constants(self, op: str, wanted: TraceStep, found: tuple[float, ...]) -> None:
+        """A scale that follows a size (1/sqrt(head_dim)) is made up for by scaling the rows before it.
+
+        Raises:
+            CompactError: If there are no such rows.
+        """
+        if found == wanted.constants:
+            return
+        if op == "aten.native_group_norm" and wanted.shape[1] == wanted.constants[0]:
+            return  # one channel a group: as many groups as channels
+        differ = [(a, b) for a, b in zip(wanted.constants, found, strict=False) if a != b]
+        if len(found) != len(wanted.constants) or len(differ) != 1 or not wanted.rows or 0 in differ[0]:
+            raise CompactError(f"{op}: its constants {wanted.constants} became {found}: they follow a size")
+        old, new = differ[0]
+        factor = new / old if op.startswith("aten.div") else old / new
+        self.scales += [(name, rows, factor) for name, rows in wanted.rows]
+
+
+class Left:
+    """What a plan leaves of shapes and channel maps; many tensors share a map."""
+
+    def __init__(self, alive: np.ndarray) -> None:
+        self._alive = alive
+        self._cache: dict[int, np.ndarray] = {}
+
+    def of(self, shape: tuple[int, ...], maps: tuple[np.ndarray, ...]) -> tuple[tuple[int, ...], list[Plane]]:
+        """The shape of the compacted tensor and the channels along its dims."""
+        new, planes = list(shape), []
+        for m in maps:
+            if id(m) not in self._cache:
+                keep = self._alive[m]
+                self._cache[id(m)] = m if keep.all() else m[keep].reshape(box_shape(keep))
+            labels = self._cache[id(m)]
+            for d, size in enumerate(m.shape):
+                if size > 1:
+                    new[d] = min(new[d], labels.shape[d])
+            varying = [d for d, s in enumerate(labels.shape) if s > 1]
+            planes.append(Plane(labels, varying[-1] if varying else 0))
+        return tuple(new), planes
+
+
+def _kept_planes(maps: tuple[np.ndarray, ...], shape: tuple[int, ...], alive: np.ndarray) -> list[Plane]:
+    """The planes of a compacted tensor: surviving channel ids, and unknown labels on the other dims."""
+    if all(sum(s > 1 for s in m.shape) <= 1 for m in maps):
+        index = {}
+        for m in maps:
+            dim = int(np.argmax(m.shape))
+            index[dim] = index.get(dim, True) & alive[m.reshape(-1)]
+        new_shape = [int(index[d].sum()) if d in index else s for d, s in enumerate(shape)]
+        cut = [m.compress(index[d], d) for m in maps for d in [int(np.argmax(m.shape))]]
+    else:
+        keep = np.ones(shape, bool)
+        for m in maps:
+            keep &= alive[m]
+        new_shape = box_shape(keep)
+        cut = [np.broadcast_to(m, shape)[keep].reshape(new_shape) for m in maps]
+        cut = [c[tuple(slice(None) if s > 1 else slice(0, 1) for s in m.shape)] for c, m in zip(cut, maps, strict=True)]
+    planes, covered = [], set()
+    for labels, m in zip(cut, maps, strict=True):
+        varying = [d for d, s in enumerate(m.shape) if s > 1]
+        covered.update(varying)
+        planes.append(Plane(np.ascontiguousarray(labels), varying[-1] if varying else 0))
+    for d, s in enumerate(new_shape):
+        if d not in covered and s > 1:
+            planes.append(Plane(np.full([s if i == d else 1 for i in range(len(new_shape))], -1), d))
+    return planes
