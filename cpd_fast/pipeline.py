@@ -22,6 +22,8 @@ def comb(
     ignore: Iterable[str | nn.Module] = (),
     on_unknown: str = "error",
     granularity: str = "dim",
+    conv_groups: str = "channel",
+    protect: Iterable[str] = (),
 ) -> ChannelGraph:
     """Find the coupled channel groups of a model, and rehearse a compaction of them.
 
@@ -38,6 +40,9 @@ def comb(
             that reaches it.
         granularity: What a channel of an attention is: ``"dim"``, one dim of each head (every head keeps equally
             many), or ``"head"``, a whole head.
+        conv_groups: What a channel of a grouped convolution is: ``"channel"``, one input or output of each conv group
+            (every conv group keeps equally many), or ``"group"``, a whole conv group; then ``groups`` shrinks.
+        protect: ``"first"``, ``"last"`` or both: layers that stay whole; see :meth:`ChannelGraph.protect`.
 
     Returns:
         The graph: groups, reasons for what is frozen, and what is needed to mask, compact and count costs.
@@ -45,7 +50,8 @@ def comb(
     Raises:
         UnsupportedOpError: An operator has no rule and ``on_unknown="error"``.
         TraceError: The forward fails on the example inputs, or its path depends on data.
-        ValueError: ``on_unknown`` or ``granularity`` is none of the choices.
+        ValueError: ``on_unknown``, ``granularity`` or ``conv_groups`` is none of the choices.
+        PlanError: ``ignore`` matches nothing, or ``protect`` is none of its choices.
 
     Source: the coupling of CPD (arXiv:2408.03046, section III-B), generalised to single indices.
 
@@ -58,7 +64,8 @@ def comb(
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"comb: expected a torch.nn.Module, got {type(model).__name__}")
-    graph = trace_groups(model, example_inputs, ignore, on_unknown, granularity)
+    graph = trace_groups(model, example_inputs, ignore, on_unknown, granularity, conv_groups)
+    graph = graph.protect(*([protect] if isinstance(protect, str) else protect))
     failed: set[str] = set()
     while graph.prunable_groups:
         try:

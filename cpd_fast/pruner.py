@@ -37,6 +37,9 @@ class Pruner:
         schedule: ``Greedy()`` where None; ``OneGroup()`` is that of the released code.
         ignore: Modules or parameters that keep their shapes; see ``comb``.
         on_unknown: What comb does at an operator without a rule, ``"error"`` or ``"freeze"``.
+        granularity: What a channel of an attention is, ``"dim"`` or ``"head"``; see ``comb``.
+        conv_groups: What a channel of a grouped convolution is, ``"channel"`` or ``"group"``; see ``comb``.
+        protect: ``"first"``, ``"last"`` or both; see ``comb``.
         graph: The model's graph where it is at hand; comb is not run then.
         score_ema: Share of the old scores in those of an interval, in [0, 1): an exponential moving average over the
             removals. 0 looks at the last interval alone.
@@ -79,6 +82,9 @@ class Pruner:
         schedule: Greedy | OneGroup | None = None,
         ignore: Iterable[str | nn.Module] = (),
         on_unknown: str = "error",
+        granularity: str = "dim",
+        conv_groups: str = "channel",
+        protect: Iterable[str] = (),
         graph: ChannelGraph | None = None,
         score_ema: float = 0.0,
         **options: Any,
@@ -86,7 +92,9 @@ class Pruner:
         if not 0 <= score_ema < 1:
             raise ScoreError(f"score_ema={score_ema}: expected a share of the old scores in [0, 1)")
         self.model = unwrap(model)
-        self.graph = graph if graph is not None else comb(self.model, example_inputs, ignore, on_unknown)
+        if graph is None:
+            graph = comb(self.model, example_inputs, ignore, on_unknown, granularity, conv_groups, protect)
+        self.graph = graph
         self.target = target
         self.criterion = criterion if criterion is not None else Taylor()
         self.schedule = schedule if schedule is not None else Greedy()

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from cpd_fast import describe
 from cpd_fast.errors import FileFormatError, PlanError, ScoreError
 
 # functions whose result depends on how many channels there are, and which masked execution can run over kept ones
@@ -229,35 +230,50 @@ class ChannelGraph:
         return alive
 
     def explain(self, param: str) -> str:
-        """Say, for one parameter or buffer, which groups its dims run over and why something is frozen."""
-        name = self.aliases.get(param, param)
-        lines = []
-        for g in self.groups:
-            for s in g.slices:
-                if s.param == name:
-                    role = "produces" if s.produces else "consumes"
-                    state = "prunable" if g.prunable else f"frozen: {g.reason}"
-                    dims = ",".join(map(str, s.dims))
-                    lines.append(f"dim {dims}: {role} {g.n_channels} channels of {g.name} ({state})")
-        if not lines:
-            known = name in self.tensors
-            why = "no channel runs through it" if known else "the model has no such parameter or buffer"
-            return f"{param}: {why}"
-        return "\n".join([f"{param}:", *("  " + line for line in lines)])
+        """Say, for one parameter, buffer or module: its groups, what goes with it, what limits it, why it is frozen.
+
+        Example:
+            >>> import torch, cpd_fast as cpd
+            >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+            >>> print(cpd.comb(net, torch.zeros(1, 3, 8, 8)).explain("0.weight"))
+            0.weight (8x3x3x3):
+              dim 0: produces 8 channels of 0 (prunable)
+                is read by 2
+              dim 1: consumes 3 channels of 0#2 (frozen: reads a model input or another axis without channels)
+        """
+        return describe.explain(self, param)
+
+    def freeze(self, *items: str | nn.Module, model: nn.Module | None = None) -> ChannelGraph:
+        """A graph with more groups frozen; plans of either graph fit the same model.
+
+        Args:
+            items: Names or ``fnmatch`` patterns of groups, else of modules or parameters, which keep their shapes; or
+                modules of ``model``.
+            model: The model, where an item is a module.
+
+        Raises:
+            PlanError: If an item matches nothing.
+        """
+        return describe.freeze(self, items, model, "frozen on request")
+
+    def protect(self, *ends: str) -> ChannelGraph:
+        """A graph in which the first or last layers are whole.
+
+        Args:
+            ends: ``"first"``: what the first weight of the forward produces stays; ``"last"``: what the layers read
+                that make the outputs stays. In a network with residual sums that is the whole stream.
+
+        Raises:
+            PlanError: If an end is neither.
+        """
+        return describe.protect(self, ends)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Groups, what they own and why they are frozen, as plain values for JSON."""
+        return describe.as_dict(self)
 
     def __str__(self) -> str:
-        rows = [("group", "channels", "blocks", "tensors", "state")]
-        for g in self.groups:
-            blocks = "" if g.balance is None else f"{len(g.blocks)} x {g.n_channels // len(g.blocks)}"
-            rows.append((
-                g.name,
-                str(g.n_channels),
-                blocks,
-                str(len(g.slices)),
-                "" if g.prunable else f"frozen: {g.reason}",
-            ))
-        widths = [max(len(r[i]) for r in rows) for i in range(4)]
-        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r[:4], widths, strict=True)), r[4]]) for r in rows)
+        return describe.table(self)
 
 
 class Scores(Mapping[str, Tensor]):

@@ -29,6 +29,7 @@ def comb(
     ignore: Iterable[str | nn.Module] = (),
     on_unknown: str = "error",
     granularity: str = "dim",
+    conv_groups: str = "channel",
 ) -> ChannelGraph:
     """Find the coupled channel groups of a model, as far as a trace alone shows them.
 
@@ -39,21 +40,22 @@ def comb(
     Raises:
         UnsupportedOpError: An operator has no rule and ``on_unknown="error"``.
         TraceError: The forward fails on the example inputs, or its path depends on data.
-        ValueError: ``on_unknown`` or ``granularity`` is none of the choices.
+        ValueError: ``on_unknown``, ``granularity`` or ``conv_groups`` is none of the choices.
     """
     for value, choices, what in (
         (on_unknown, ("error", "freeze"), "on_unknown"),
         (granularity, ("dim", "head"), "granularity"),
+        (conv_groups, ("channel", "group"), "conv_groups"),
     ):
         if value not in choices:
             raise ValueError(f"{what}: expected one of {', '.join(choices)}, got {value!r}")
     model = unwrap(model)
     try:
-        return _comb(model, example_inputs, ignore, on_unknown, granularity, hooks=False)
+        return _comb(model, example_inputs, ignore, on_unknown, granularity, conv_groups, hooks=False)
     except TraceError:
         if not has_hooks(model):
             raise
-        return _comb(model, example_inputs, ignore, on_unknown, granularity, hooks=True)
+        return _comb(model, example_inputs, ignore, on_unknown, granularity, conv_groups, hooks=True)
 
 
 def _comb(
@@ -62,6 +64,7 @@ def _comb(
     ignore: Iterable[str | nn.Module],
     on_unknown: str,
     granularity: str,
+    conv_groups: str,
     hooks: bool,
 ) -> ChannelGraph:
     """Trace and resolve; without hooks, because the user's own need not run on meta tensors."""
@@ -71,8 +74,9 @@ def _comb(
     planes: dict[str, list[Plane]] = {}
     unmasked: set[str] = set()
     heads = granularity == "head"
-    eval_trace = _trace(model, example_inputs, store, planes, unmasked, on_unknown, heads, False, hooks)
-    train_trace = _trace(model, example_inputs, store, planes, unmasked, on_unknown, heads, True, hooks)
+    whole = conv_groups == "group"
+    eval_trace = _trace(model, example_inputs, store, planes, unmasked, on_unknown, heads, whole, False, hooks)
+    train_trace = _trace(model, example_inputs, store, planes, unmasked, on_unknown, heads, whole, True, hooks)
     order = list(dict.fromkeys([*eval_trace.order, *train_trace.order]))
     _freeze_ignored(model, ignore, planes, store)
     sites = {(s.module, s.op, s.call): s for s in [*train_trace.sites, *eval_trace.sites]}
@@ -138,13 +142,14 @@ def _trace(
     unmasked: set[str],
     on_unknown: str,
     heads: bool,
+    whole_conv_groups: bool,
     training: bool,
     hooks: bool,
 ) -> Tracer:
     clone = clone_to_meta(model, hooks=hooks).train(training)
     ids, _ = tensor_names(clone)
     tracer = Tracer(store, ids, planes, heads, unmasked)
-    tracer.on_unknown = on_unknown
+    tracer.on_unknown, tracer.whole_conv_groups = on_unknown, whole_conv_groups
     args, kwargs = example_args(example_inputs)
     try:
         out = run_trace(clone, args, kwargs, tracer)

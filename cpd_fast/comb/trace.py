@@ -46,6 +46,7 @@ class Tracer(TorchDispatchMode):
     """
 
     replay = False  # whether labels are those of a compacted model
+    whole_conv_groups = False  # whether a conv group goes whole or stays whole
 
     def __init__(
         self,

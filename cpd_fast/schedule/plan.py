@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpd_fast.describe import matching
 from cpd_fast.errors import PlanError, ScoreError
 from cpd_fast.schedule.cost import counter, plan_cost
 from cpd_fast.types import ChannelGraph, Cost, CoupledGroup, PrunePlan, Scores, Target
@@ -49,7 +50,7 @@ def plan(
     target: Target,
     round_to: int = 1,
     max_pruning_ratio: float | Mapping[str, float] = 0.95,
-    min_channels: int = 1,
+    min_channels: float | Mapping[str, float] = 1,
     normalize: str = "auto",
     per_cost: str | None = None,
     start: PrunePlan | None = None,
@@ -66,9 +67,12 @@ def plan(
         graph: The channel graph.
         scores: Importance of every channel of every prunable group, fp32 ``(n_channels,)``, larger = keep.
         target: What may remain: fractions of the dense model up to 1, absolute numbers above 1.
-        round_to: The kept channels of every block are a multiple of this, where the block is touched and large enough.
-        max_pruning_ratio: Most that a block may lose, in [0, 1]; a number or group name -> number.
-        min_channels: Fewest channels that a block may keep.
+        round_to: The kept channels of every block (layer, head, conv group) are a multiple of this, where the block is
+            touched; smaller blocks stay whole.
+        max_pruning_ratio: Most that a block may lose, in [0, 1]; a number, or names -> numbers: names and ``fnmatch``
+            patterns of groups, else of modules, whose groups are meant. Of several the strictest holds.
+        min_channels: Fewest channels that a block keeps, at least 1, or the least fraction of it, below 1; or names ->
+            numbers, as above.
         normalize: ``"none"``; ``"mean"`` or ``"max"`` divide a group's scores by their mean or largest magnitude;
             ``"auto"`` does what the criterion recommends (``scores.info["normalize"]``; none where it says nothing).
         per_cost: ``"params"``, ``"macs"`` or ``"memory"``: rank by score per unit of what a step saves at ``start``;
@@ -95,7 +99,7 @@ def plan(
     """
     if not isinstance(target, Target):
         raise PlanError(f"target: expected a Target such as Target(macs=0.5), got {target!r}")
-    _check_arguments(round_to, min_channels, normalize, per_cost)
+    _check_arguments(round_to, normalize, per_cost)
     if start is not None:
         start.check(graph)
     arrays = _score_arrays(graph, scores, normalize)
@@ -129,7 +133,12 @@ def plan(
 
 
 def uniform_plan(
-    graph: ChannelGraph, scores: Scores | Mapping[str, Tensor], keep: float = 0.5, round_to: int = 1
+    graph: ChannelGraph,
+    scores: Scores | Mapping[str, Tensor],
+    keep: float = 0.5,
+    round_to: int = 1,
+    max_pruning_ratio: float | Mapping[str, float] = 1.0,
+    min_channels: float | Mapping[str, float] = 1,
 ) -> PrunePlan:
     """Keep the same fraction of every prunable group: in each block the channels with the highest scores.
 
@@ -137,7 +146,9 @@ def uniform_plan(
         graph: The channel graph.
         scores: Importance of every channel of every prunable group, fp32 ``(n_channels,)``, larger = keep.
         keep: Fraction kept, in (0, 1].
-        round_to: The kept channels of every block are rounded to a multiple of this.
+        round_to: The kept channels of every block are a multiple of this; smaller blocks stay whole.
+        max_pruning_ratio: Most that a block may lose, as in :func:`plan`.
+        min_channels: Least that a block keeps, as in :func:`plan`.
 
     Returns:
         The plan; only groups that lose channels are in it.
@@ -153,13 +164,25 @@ def uniform_plan(
         >>> uniform_plan(graph, {"0": torch.arange(8.0)}, keep=0.25)["0"]
         (6, 7)
     """
-    _check_arguments(round_to, 1, "none", None)
-    units = _units(graph, _score_arrays(graph, scores, "none"), graph.alive(None), 1, 1.0, 1)
-    return _build(graph, [(u, _kept(u.size, keep, round_to)) for u in units], None)
+    _check_arguments(round_to, "none", None)
+    arrays = _score_arrays(graph, scores, "none")
+    units = _units(graph, arrays, graph.alive(None), round_to, max_pruning_ratio, min_channels)
+    kept = [(u, _kept(u, keep, round_to)) for u in units]
+    if keep < 1 and all(u.size <= round_to for u in units):
+        raise PlanError(
+            f"round_to={round_to}: nothing can go, the largest block (of a layer, head or conv group) has "
+            f"{max(u.size for u in units)} channels; use a smaller round_to"
+        )
+    return _build(graph, kept, None)
 
 
 def random_plan(
-    graph: ChannelGraph, keep: float = 0.5, generator: torch.Generator | None = None, round_to: int = 1
+    graph: ChannelGraph,
+    keep: float = 0.5,
+    generator: torch.Generator | None = None,
+    round_to: int = 1,
+    max_pruning_ratio: float | Mapping[str, float] = 1.0,
+    min_channels: float | Mapping[str, float] = 1,
 ) -> PrunePlan:
     """Keep the same fraction of every prunable group, at random positions.
 
@@ -167,7 +190,9 @@ def random_plan(
         graph: The channel graph.
         keep: Fraction kept, in (0, 1]; a block of b channels keeps ``max(1, round(keep * b))``.
         generator: Source of the positions (CPU); ``None`` is a fresh one with seed 0, so that the call is repeatable.
-        round_to: The kept channels of every block are rounded to a multiple of this.
+        round_to: The kept channels of every block are a multiple of this; smaller blocks stay whole.
+        max_pruning_ratio: Most that a block may lose, as in :func:`plan`.
+        min_channels: Least that a block keeps, as in :func:`plan`.
 
     Returns:
         The plan; only groups that lose channels are in it.
@@ -185,7 +210,7 @@ def random_plan(
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     noise = torch.rand(graph.n_channels, generator=generator, dtype=torch.float64)
     scores = {g.name: noise[g.offset : g.offset + g.n_channels] for g in graph.groups}
-    return uniform_plan(graph, scores, keep, round_to)
+    return uniform_plan(graph, scores, keep, round_to, max_pruning_ratio, min_channels)
 
 
 # ---------------------------------------------------------------------------------------------------- units and steps
@@ -197,8 +222,10 @@ def _units(
     alive: np.ndarray,
     round_to: int,
     max_ratio: float | Mapping[str, float],
-    min_channels: int,
+    min_channels: float | Mapping[str, float],
 ) -> list[_Unit]:
+    ratios = _by_group(graph, "max_pruning_ratio", max_ratio, min)
+    least = _by_group(graph, "min_channels", min_channels, max)
     members: dict[str, list[CoupledGroup]] = {}
     for g in graph.groups:
         members.setdefault(f"tie:{g.tie}" if g.tie is not None else f"group:{g.name}", []).append(g)
@@ -211,7 +238,11 @@ def _units(
         )
         size = len(blocks[0].order)
         left = int(alive[groups[0].offset + blocks[0].order].sum())
-        floor = max(min_channels, *(size - int(_ratio(g, max_ratio) * size + 1e-9) for g in groups), 1)
+        floor = max(
+            1,
+            *(size - int(ratios.get(g.name, 1.0) * size + 1e-9) for g in groups),
+            *(_least(least.get(g.name, 1), size) for g in groups),
+        )
         counts = _counts(left, min(floor, left), round_to)
         total = np.sum([b.values for b in blocks], axis=0)  # (size,): what removing the j-th lowest of all is worth
         keys = tuple(float(np.mean(total[size - a : size - b])) for a, b in zip(counts, counts[1:], strict=False))
@@ -237,11 +268,30 @@ def _counts(left: int, floor: int, round_to: int) -> tuple[int, ...]:
     return (left, *range((left - 1) // round_to * round_to, low - 1, -round_to))
 
 
-def _ratio(group: CoupledGroup, max_ratio: float | Mapping[str, float]) -> float:
-    ratio = max_ratio.get(group.name, 1.0) if isinstance(max_ratio, Mapping) else max_ratio
-    if not 0 <= ratio <= 1:
-        raise PlanError(f"{group.name}: max_pruning_ratio must be in [0, 1], got {ratio}")
-    return float(ratio)
+def _by_group(
+    graph: ChannelGraph, what: str, given: float | Mapping[str, float], strictest: Callable[[float, float], float]
+) -> dict[str, float]:
+    """An option a group: one number for all, or by names and patterns.
+
+    Raises:
+        PlanError: If a number is out of range or a name matches nothing.
+    """
+    high = 1.0 if what == "max_pruning_ratio" else float("inf")
+    values = given if isinstance(given, Mapping) else {"*": given}
+    found: dict[str, float] = {}
+    for pattern, value in values.items():
+        good = not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value <= high
+        if not good or (what == "min_channels" and (value == 0 or (value > 1 and value != int(value)))):
+            expected = "in [0, 1]" if high == 1 else "a whole number from 1, or a fraction between 0 and 1"
+            raise PlanError(f"{what}: expected {expected} for {pattern!r}, got {value!r}")
+        for g in graph.groups if pattern == "*" else matching(graph, pattern, what):
+            found[g.name] = strictest(found.get(g.name, value), value)
+    return found
+
+
+def _least(value: float, size: int) -> int:
+    """Fewest channels of a block: a number, or a fraction of its size."""
+    return int(value) if value >= 1 else ceil(value * size - 1e-9)
 
 
 def _per_cost(graph: ChannelGraph, unit: _Unit, alive: np.ndarray, per_cost: str) -> _Unit:
@@ -293,11 +343,18 @@ def _build(graph: ChannelGraph, kept: Iterable[tuple[_Unit, int]], start: PruneP
     return PrunePlan(made, graph.fingerprint)
 
 
-def _kept(size: int, keep: float, round_to: int) -> int:
+def _kept(unit: _Unit, keep: float, round_to: int) -> int:
+    """The count that is nearest to a fraction of a block, among those that the unit may keep.
+
+    Raises:
+        PlanError: If the fraction is none.
+    """
     if not 0 < keep <= 1:
         raise PlanError(f"keep={keep}: expected a fraction in (0, 1] of each group that is kept")
-    count = max(1, round(keep * size))
-    return count if keep == 1 or size <= round_to else max(round_to, round(count / round_to) * round_to)
+    if keep == 1 or unit.size <= round_to:
+        return unit.size
+    wanted = max(1, round(keep * unit.size))
+    return min(unit.counts, key=lambda count: (abs(count - max(round_to, round(wanted / round_to) * round_to)), -count))
 
 
 # ------------------------------------------------------------------------------------------------------------- target
@@ -365,9 +422,9 @@ def holds(graph: ChannelGraph, target: Target, candidate: PrunePlan, latency: La
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_arguments(round_to: int, min_channels: int, normalize: str, per_cost: str | None) -> None:
-    if round_to < 1 or min_channels < 1:
-        raise PlanError(f"round_to and min_channels must be at least 1, got {round_to} and {min_channels}")
+def _check_arguments(round_to: int, normalize: str, per_cost: str | None) -> None:
+    if round_to < 1:
+        raise PlanError(f"round_to must be at least 1, got {round_to}")
     if normalize not in _NORMALIZE:
         raise PlanError(f"normalize={normalize!r}: expected one of {', '.join(_NORMALIZE)}")
     if per_cost is not None and per_cost not in _COST_FIELD:

@@ -293,11 +293,11 @@ def test_bad_scores():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"round_to": 0}, "round_to and min_channels must be at least 1, got 0 and 1"),
-        ({"min_channels": 0}, "must be at least 1, got 1 and 0"),
+        ({"round_to": 0}, "round_to must be at least 1, got 0"),
+        ({"min_channels": 0}, "min_channels: expected a whole number from 1, or a fraction between 0 and 1 for"),
         ({"normalize": "l7"}, "normalize='l7': expected one of auto, none, mean, max"),
         ({"per_cost": "latency"}, "per_cost='latency': expected None or one of params, macs, memory"),
-        ({"max_pruning_ratio": 1.5}, r"g0: max_pruning_ratio must be in \[0, 1\], got 1.5"),
+        ({"max_pruning_ratio": 1.5}, r"max_pruning_ratio: expected in \[0, 1\] for '\*', got 1.5"),
         ({"start": PrunePlan({}, "other")}, "plan of another model"),
     ],
 )

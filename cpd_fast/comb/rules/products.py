@@ -98,6 +98,9 @@ def _grouped(
     if per_in == 1:  # depthwise: input channel g and its outputs go together
         t.store.unite(rows.reshape(groups, per_out), x_labels.reshape(groups, 1))
         return rows
+    if t.whole_conv_groups:
+        _whole_groups(t, w_state, rows.reshape(groups, per_out), x_labels.reshape(groups, per_in))
+        return rows
     columns = next((p for p in w_state.planes if 1 in p.dims), None)
     if columns is None or columns.dims != (0, 1):
         # dim 1 is shared by the groups: give each group's columns their own labels, (C_out, C_in / groups)
@@ -118,6 +121,15 @@ def _grouped(
     t.store.grid(labels, whole_rows=False)
     t.store.grid(rows.reshape(groups, per_out), whole_rows=False)
     return rows
+
+
+def _whole_groups(t: Tracer, w_state: State, rows: np.ndarray, inputs: np.ndarray) -> None:
+    """Inputs (groups, C_in / groups) and outputs (groups, C_out / groups) of a conv group go together."""
+    for labels in (rows, inputs):
+        t.store.unite(labels, rows[:, :1])
+    for p in w_state.planes:
+        if 1 in p.dims:
+            t.store.freeze(p.labels, "")  # positions inside a group
 
 
 def _contract(
