@@ -64,17 +64,34 @@ def comb(
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"comb: expected a torch.nn.Module, got {type(model).__name__}")
+    strict: frozenset[str] = frozenset()
+    protected = [protect] if isinstance(protect, str) else list(protect)
     graph = trace_groups(model, example_inputs, ignore, on_unknown, granularity, conv_groups)
-    graph = graph.protect(*([protect] if isinstance(protect, str) else protect))
+    graph = graph.protect(*protected)
     failed: set[str] = set()
     while graph.prunable_groups:
         try:
             rehearse(model, graph, _uneven_plan(graph))
             return graph
         except CompactError as e:
+            dashed = _dashed(graph.hopes, unwrap(model), e.module or "")
+            if dashed:
+                strict |= dashed
+                graph = trace_groups(model, example_inputs, ignore, on_unknown, granularity, conv_groups, strict)
+                graph = graph.protect(*protected)
+                failed.clear()
+                continue
             graph = _freeze_around(graph, unwrap(model), e.module or "", widely=e.module in failed)
             failed.add(e.module or "")
     return graph
+
+
+def _dashed(hopes: frozenset[str], model: nn.Module, module: str) -> frozenset[str]:
+    """The modules with slices among the failing one, its likes, and what is near it in the module tree."""
+    kind, near = type(model.get_submodule(module)), module.rpartition(".")[0]
+    return frozenset(
+        h for h in hopes if type(model.get_submodule(h)) is kind or h.startswith(near) or module.startswith(h)
+    )
 
 
 def _uneven_plan(graph: ChannelGraph) -> PrunePlan:

@@ -159,12 +159,15 @@ class ScaleSite:
 
     Attributes:
         module: Module whose forward calls attention.
+        call: Which of the attention calls of that forward it is.
         channels: Channel map of q's last dim by head, shape ``(heads, head_dim)``.
         identity: Qualified name of an ``nn.Identity`` that q passes through (it becomes the scale), or None.
-        rows: ``(tensor name, rows)`` whose scaling scales q, where there is no identity.
+        rows: ``(tensor name, rows)`` whose scaling scales q, where there is no identity. Where there are none
+            either, the scale is put into the call.
     """
 
     module: str
+    call: int
     channels: np.ndarray
     identity: str | None
     rows: tuple[tuple[str, np.ndarray], ...]
@@ -190,6 +193,7 @@ class ChannelGraph:
     output_shapes: tuple[tuple[int, ...], ...]
     untouched: int  # parameters that no channel map describes
     needs_hooks: bool = False  # whether the forward relies on hooks of its own
+    hopes: frozenset[str] = frozenset()  # modules in which slices were taken to follow the channels
     _by_name: dict[str, CoupledGroup] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

@@ -30,12 +30,13 @@ def comb(
     on_unknown: str = "error",
     granularity: str = "dim",
     conv_groups: str = "channel",
+    strict: frozenset[str] = frozenset(),
 ) -> ChannelGraph:
     """Find the coupled channel groups of a model, as far as a trace alone shows them.
 
     The model is run once in eval and once in train mode on a copy without weights (meta device), and channels are
     followed through every operator. ``cpd_fast.comb`` does this and then rehearses a compaction; it explains the
-    arguments.
+    arguments. ``strict`` names modules in which sliced channel axes stay whole.
 
     Raises:
         UnsupportedOpError: An operator has no rule and ``on_unknown="error"``.
@@ -51,11 +52,11 @@ def comb(
             raise ValueError(f"{what}: expected one of {', '.join(choices)}, got {value!r}")
     model = unwrap(model)
     try:
-        return _comb(model, example_inputs, ignore, on_unknown, granularity, conv_groups, hooks=False)
+        return _comb(model, example_inputs, ignore, on_unknown, granularity, conv_groups, strict, hooks=False)
     except TraceError:
         if not has_hooks(model):
             raise
-        return _comb(model, example_inputs, ignore, on_unknown, granularity, conv_groups, hooks=True)
+        return _comb(model, example_inputs, ignore, on_unknown, granularity, conv_groups, strict, hooks=True)
 
 
 def _comb(
@@ -65,6 +66,7 @@ def _comb(
     on_unknown: str,
     granularity: str,
     conv_groups: str,
+    strict: frozenset[str],
     hooks: bool,
 ) -> ChannelGraph:
     """Trace and resolve; without hooks, because the user's own need not run on meta tensors."""
@@ -75,12 +77,12 @@ def _comb(
     unmasked: set[str] = set()
     heads = granularity == "head"
     whole = conv_groups == "group"
-    eval_trace = _trace(model, example_inputs, store, planes, unmasked, on_unknown, heads, whole, False, hooks)
-    train_trace = _trace(model, example_inputs, store, planes, unmasked, on_unknown, heads, whole, True, hooks)
+    eval_trace = _trace(model, example_inputs, store, planes, unmasked, on_unknown, heads, whole, False, hooks, strict)
+    train_trace = _trace(model, example_inputs, store, planes, unmasked, on_unknown, heads, whole, True, hooks, strict)
     order = list(dict.fromkeys([*eval_trace.order, *train_trace.order]))
     _freeze_ignored(model, ignore, planes, store)
     sites = {(s.module, s.op, s.call): s for s in [*train_trace.sites, *eval_trace.sites]}
-    scale_sites = _scale_sites(store, planes, eval_trace)
+    scale_sites = _scale_sites(planes, eval_trace)
     resolved = resolve(store, planes, order)
 
     converted: dict[int, np.ndarray] = {}  # many tensors share a label array
@@ -119,6 +121,7 @@ def _comb(
         inputs=example_args(example_inputs),
         output_shapes=eval_trace.output_shapes,
         needs_hooks=hooks,
+        hopes=frozenset(eval_trace.hopes | train_trace.hopes),
         untouched=sum(p.numel() for n, p in model.named_parameters() if n not in mapped),
     )
 
@@ -145,11 +148,12 @@ def _trace(
     whole_conv_groups: bool,
     training: bool,
     hooks: bool,
+    strict: frozenset[str],
 ) -> Tracer:
     clone = clone_to_meta(model, hooks=hooks).train(training)
     ids, _ = tensor_names(clone)
     tracer = Tracer(store, ids, planes, heads, unmasked)
-    tracer.on_unknown, tracer.whole_conv_groups = on_unknown, whole_conv_groups
+    tracer.on_unknown, tracer.whole_conv_groups, tracer.strict = on_unknown, whole_conv_groups, strict
     args, kwargs = example_args(example_inputs)
     try:
         out = run_trace(clone, args, kwargs, tracer)
@@ -186,8 +190,8 @@ def _freeze_ignored(
                 store.freeze(p.labels, "ignored on request")
 
 
-def _scale_sites(store: LabelStore, planes: dict[str, list[Plane]], tracer: Tracer) -> list[ScaleSite]:
-    """Attention calls whose scale follows head_dim: how compaction can keep it, or freeze."""
+def _scale_sites(planes: dict[str, list[Plane]], tracer: Tracer) -> list[ScaleSite]:
+    """Attention calls whose scale follows head_dim: how compaction can keep it."""
     sites = []
     for call in tracer.attention:
         plane = next((p for p in call.q.planes if p.labels.shape[-1] > 1), None)
@@ -195,11 +199,7 @@ def _scale_sites(store: LabelStore, planes: dict[str, list[Plane]], tracer: Trac
             continue
         labels = plane.labels.reshape(-1, plane.labels.shape[-1])
         labels = labels[np.sort(np.unique(labels, axis=0, return_index=True)[1])]
-        rows = _rows_that_scale(planes, call.q)
-        if call.q.identity is None and not rows:
-            store.freeze(labels, "its attention takes 1/sqrt(head_dim) as scale, which cannot be kept")
-            continue
-        sites.append(ScaleSite(call.module, labels, call.q.identity, rows))
+        sites.append(ScaleSite(call.module, call.call, labels, call.q.identity, _rows_that_scale(planes, call.q)))
     return sites
 
 

@@ -54,9 +54,10 @@ class Site:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """An attention call that takes 1/sqrt(head_dim) as its scale."""
+    """An attention call that takes 1/sqrt(head_dim) as its scale; the ``call``-th of one forward of the module."""
 
     module: str
+    call: int
     q: State
 
 

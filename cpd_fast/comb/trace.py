@@ -64,6 +64,7 @@ class Tracer(TorchDispatchMode):
         self.alive: list[Tensor] = []  # ids are reused once a tensor dies
         self.stack: list[str] = [""]
         self.sized = [0]  # calls with sizes so far, in the forward of each module of the stack
+        self.attended = [0]  # attention calls, likewise
         self.terms: list[Term] = []
         self.steps: list[Step] = []
         # parameters that a mask must leave alone, shared like ``planes``
@@ -72,6 +73,8 @@ class Tracer(TorchDispatchMode):
         self.sites: list[Site] = []
         self.attention: list[AttentionSite] = []
         self.on_unknown = "error"
+        self.strict: frozenset[str] = frozenset()  # modules whose numbers are known not to follow
+        self.hopes: set[str] = set()  # modules whose numbers must
         self.function: tuple[str, int] = ("", 0)  # running function and its number within the module
         self._suspended = False
         self._written: set[int] = set()  # ids of tensors that were written in place with something else than 0
@@ -221,6 +224,13 @@ class Tracer(TorchDispatchMode):
                 self.store.freeze(p.labels, f"summed over the rows of a grid ({self.where()})")
         return kept
 
+    def hope(self) -> bool:
+        """Whether a rule may rely on numbers of the forward following the channels; a rehearsal finds out."""
+        if self.module in self.strict:
+            return False
+        self.hopes.add(self.module)
+        return True
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Inside, calls run without their rules: a rule of the whole function follows."""
@@ -293,7 +303,8 @@ class Tracer(TorchDispatchMode):
             rule = self._unknown(op)
         result = rule(self, call)
         states = result if isinstance(result, list) else [result] * len(outs)
-        self.finish(call, outs, states, computes=not func.is_view and op not in VIEWS)
+        written = op == "aten.copy_" and call.args[0]._is_view()
+        self.finish(call, outs, states, computes=written or (not func.is_view and op not in VIEWS))
 
     def finish(self, call: Call, outs: list[Tensor], states: list[State], computes: bool = True) -> None:
         """Take over what a rule said of a call's outputs."""
@@ -345,7 +356,8 @@ class _FunctionWatcher(TorchFunctionMode):
         if func is torch.nn.functional.scaled_dot_product_attention:
             if kwargs.get("scale") is None and (len(args) < 7 or args[6] is None):
                 q = args[0] if args else kwargs["query"]
-                tracer.attention.append(AttentionSite(tracer.module, tracer.state(q)))
+                tracer.attention.append(AttentionSite(tracer.module, tracer.attended[-1], tracer.state(q)))
+            tracer.attended = [n + 1 for n in tracer.attended]
         name = getattr(func, "__name__", "")
         if tracer._suspended:
             return func(*args, **kwargs)
@@ -410,12 +422,14 @@ def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
                 tracer.step(Call(f"call {name}", (), {}, args[0]), args[0], tracer.state(args[0]))
             tracer.stack.append(name)
             tracer.sized.append(0)
+            tracer.attended.append(0)
             if name in tracer.transparent:
                 tracer._suspended = True
 
         def leave(m: nn.Module, args: Any, out: Any) -> None:
             name = tracer.stack.pop()
             tracer.sized.pop()
+            tracer.attended.pop()
             if name in tracer.transparent:
                 tracer._suspended = False
                 tracer.set_state(out, tracer.state(args[0]))

@@ -14,6 +14,7 @@ from cpd_fast.comb.meta import clone_to_meta, unwrap
 from cpd_fast.compact.repair import repair, repair_known
 from cpd_fast.compact.replay import Replayer
 from cpd_fast.compact.shrink import Cut, box_shape, make_cut
+from cpd_fast.compact.views import scale_calls
 from cpd_fast.errors import CompactError, PlanError
 from cpd_fast.types import ChannelGraph, PrunePlan, ScaleSite
 
@@ -82,12 +83,14 @@ def compact(
     _check_model(model, graph)
     alive = graph.alive(plan)
     cuts = {n: c for n, t in graph.tensors.items() if (c := make_cut(t, alive)) is not None}
-    identities, scaled_rows = _row_scales(graph.scale_sites, alive)
+    identities, scaled_rows, scales = _kept_scales(graph.scale_sites, alive)
     small = _copy_cut(model, graph, cuts, scaled_rows)
     for hooks in (small._forward_pre_hooks, small._forward_hooks):
         for key in [k for k, h in hooks.items() if getattr(_owner(h), "dropped_by_compaction", False)]:
             del hooks[key]
     _fit_modules(small, graph, plan, identities)
+    for name, calls in scales.items():
+        scale_calls(small.get_submodule(name), calls)
     carried = [] if optimizer is None else _carry_optimizer(optimizer, model, small, cuts)
     if inplace:
         _overwrite(model, small)
@@ -113,7 +116,7 @@ def rehearse(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> None:
             value = torch.empty(shape, dtype=t.dtype, device="meta")
             memo[id(t)] = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
     small = clone_to_meta(model, memo, graph.needs_hooks)
-    _fit_modules(small, graph, plan, _row_scales(graph.scale_sites, alive)[0])
+    _fit_modules(small, graph, plan, _kept_scales(graph.scale_sites, alive)[0])
 
 
 def _fit_modules(small: nn.Module, graph: ChannelGraph, plan: PrunePlan, identities: dict[str, float]) -> None:
@@ -139,14 +142,23 @@ def _check_model(model: nn.Module, graph: ChannelGraph) -> None:
             raise PlanError(f"{name}: the graph expects shape {t.shape}, the model has {what}; comb this model")
 
 
-def _row_scales(sites: tuple[ScaleSite, ...], alive: np.ndarray) -> tuple[dict[str, float], dict[str, list[_RowScale]]]:
-    """How attention that takes 1/sqrt(head_dim) as its scale keeps the original one: identities or rows to scale."""
+def _kept_scales(
+    sites: tuple[ScaleSite, ...], alive: np.ndarray
+) -> tuple[dict[str, float], dict[str, list[_RowScale]], dict[str, dict[int, float]]]:
+    """How attention that takes 1/sqrt(head_dim) as its scale keeps the original one.
+
+    Identities that become scales, rows to scale, and the scales of calls by module.
+    """
     identities: dict[str, float] = {}
     scaled: dict[str, list[_RowScale]] = {}
+    calls: dict[str, dict[int, float]] = {}
     seen: set[bytes] = set()
     for site in sites:
         factor = (int(alive[site.channels].sum(1).max()) / site.channels.shape[1]) ** 0.5
         key = str(site.identity or site.module).encode() + site.channels.tobytes()
+        if factor != 1 and site.identity is None and not site.rows:
+            calls.setdefault(site.module, {})[site.call] = site.channels.shape[1] ** -0.5
+            continue
         if factor == 1 or key in seen:
             continue
         seen.add(key)
@@ -155,7 +167,7 @@ def _row_scales(sites: tuple[ScaleSite, ...], alive: np.ndarray) -> tuple[dict[s
         else:
             for name, rows in site.rows:
                 scaled.setdefault(name, []).append((torch.from_numpy(rows), factor))
-    return identities, scaled
+    return identities, scaled, calls
 
 
 def _copy_cut(

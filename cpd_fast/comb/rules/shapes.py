@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
+from math import gcd, prod
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +12,8 @@ from cpd_fast.comb.calls import Call, register_rule
 from cpd_fast.comb.planes import Plane, State, meet, orbit, permute, record_grid, reshape
 from cpd_fast.comb.rules.common import POOLS, norm_dims
 from cpd_fast.comb.trace import Tracer
+
+MOST_PARTS = 8  # a slice at a multiple of a smaller part of its axis is one of unequal parts
 
 
 @register_rule("aten.view", "aten._unsafe_view", "aten.reshape", "aten.squeeze", "aten.unsqueeze", "aten.flatten")
@@ -91,14 +93,39 @@ def _varies(t: Tracer, x: Tensor, dim: int) -> bool:
 
 @register_rule("aten.slice", "aten.narrow")
 def slice_(t: Tracer, call: Call) -> State:
-    """A part of an axis; the bounds stand in the forward, so a cut channel axis is kept whole."""
+    """A part of an axis.
+
+    Whether the bounds in the forward follow the number of channels, only a rehearsal can tell. Bounds that cut the
+    axis into a few equal parts are taken for parts that stay equal; every k-th channel for one of a run of k that goes
+    together; others for unequal parts, whose sizes are attributes to be repaired.
+    """
     x, out = call.args[0], call.out
     dim = call.arg(1, "dim", 0) % max(x.dim(), 1)
-    if x.shape == out.shape:
+    if x.shape == out.shape or not _varies(t, x, dim):
         return t.state(x)
-    if _varies(t, x, dim):
+    if call.op == "aten.narrow" or not t.hope():
         return t.freeze_dims(x, {dim}, "sliced at fixed positions")
-    return t.state(x)
+    size = x.shape[dim]
+    start, stop, step = slice(call.arg(2, "start"), call.arg(3, "end"), call.arg(4, "step", 1)).indices(size)
+    if step > 1:
+        if start >= step or size % step or out.shape[dim] * step != size:
+            return t.freeze_dims(x, {dim}, "sliced at fixed positions")
+        for p in t.state(x).planes:
+            if p.labels.shape[dim] > 1:
+                runs = p.labels.reshape(*p.labels.shape[:dim], size // step, step, *p.labels.shape[dim + 1 :])
+                t.store.unite(runs, runs.take([0], dim + 1))
+    elif size // (part := gcd(start, stop, size)) <= MOST_PARTS:
+        _equal_parts(t, x, dim, part)
+    return _cut(t, x, dim, start, stop, step)
+
+
+def _equal_parts(t: Tracer, x: Tensor, dim: int, part: int) -> None:
+    """Parts of a dim must keep equally many channels."""
+    for p in t.state(x).planes:
+        if p.labels.shape[dim] > 1 and part > 1:
+            shape = (*p.labels.shape[:dim], x.shape[dim] // part, part, *p.labels.shape[dim + 1 :])
+            fast = dim + 1 if p.fast == dim else p.fast + (p.fast > dim)
+            record_grid(t.store, Plane(p.labels.reshape(shape), fast), whole_rows=False)
 
 
 @register_rule("aten.select")
@@ -133,11 +160,7 @@ def split(t: Tracer, call: Call) -> list[State]:
     dim = call.arg(2, "dim", 0) % x.dim()
     sizes = [o.shape[dim] for o in call.out]
     if len(set(sizes)) == 1 and len(sizes) > 1:
-        for p in t.state(x).planes:
-            if p.labels.shape[dim] > 1 and sizes[0] > 1:
-                shape = (*p.labels.shape[:dim], len(sizes), sizes[0], *p.labels.shape[dim + 1 :])
-                fast = dim + 1 if p.fast == dim else p.fast + (p.fast > dim)
-                record_grid(t.store, Plane(p.labels.reshape(shape), fast), whole_rows=False)
+        _equal_parts(t, x, dim, sizes[0])
     elif call.op in ("aten.split", "aten.unsafe_split") and len(sizes) > 1 and _varies(t, x, dim):
         t.freeze_dims(x, {dim}, "split into unequal parts of one stated size")
     starts = np.cumsum([0, *sizes])
