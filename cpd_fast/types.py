@@ -193,6 +193,7 @@ class ChannelGraph:
     output_shapes: tuple[tuple[int, ...], ...]
     untouched: int  # parameters that no channel map describes
     needs_hooks: bool = False  # whether the forward relies on hooks of its own
+    heads: bool = False  # whether channels of attention are whole heads
     hopes: frozenset[str] = frozenset()  # modules in which slices were taken to follow the channels
     _by_name: dict[str, CoupledGroup] = field(default_factory=dict, repr=False)
 

@@ -121,6 +121,7 @@ def _comb(
         inputs=example_args(example_inputs),
         output_shapes=eval_trace.output_shapes,
         needs_hooks=hooks,
+        heads=heads,
         hopes=frozenset(eval_trace.hopes | train_trace.hopes),
         untouched=sum(p.numel() for n, p in model.named_parameters() if n not in mapped),
     )

@@ -97,13 +97,15 @@ class LabelStore:
         return out
 
 
-def agree(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether channel ids are equal wherever both are known; arrays broadcast."""
-    return not ((a != b) & (a >= 0) & (b >= 0)).any()
-
-
 class LabelCheck(LabelStore):
-    """The store of a replay: labels are channel ids already (-1: unknown), a union must find them equal."""
+    """The store of a replay: labels are channel ids already (-1: unknown), a union must find them equal.
+
+    With ``heads`` an array of one label may be the dims of the only head that is left: it says nothing of positions.
+    """
+
+    def __init__(self, heads: bool = False) -> None:
+        super().__init__()
+        self._heads = heads
 
     def new(self, n: int) -> np.ndarray:
         """Nothing is known of labels made during a replay."""
@@ -115,8 +117,13 @@ class LabelCheck(LabelStore):
         Raises:
             CompactError: Where two channels meet that are not coupled.
         """
-        if not agree(a, b):
+        if not self.agree(a, b):
             raise CompactError("channels meet that do not belong together")
+
+    def agree(self, a: np.ndarray, b: np.ndarray) -> bool:
+        """Whether the labels are equal wherever both are known."""
+        one = self._heads and any(x.size > 1 and (x == x.flat[0]).all() for x in (a, b))
+        return one or not ((a != b) & (a >= 0) & (b >= 0)).any()
 
     def freeze(self, labels: np.ndarray, reason: str) -> None:
         """Nothing to record."""

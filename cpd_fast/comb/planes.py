@@ -21,16 +21,18 @@ from cpd_fast.comb.labels import LabelStore
 class Plane:
     """Labels that broadcast to a tensor; ``fast`` is the only dim along which rows may differ in what they keep.
 
-    ``zero``: in a masked forward the tensor is 0 wherever the channel is removed. Unknown means False.
+    ``zero``: in a masked forward the tensor is 0 wherever the channel is removed. Unknown means False. ``stays``: rows
+    of a grid, which never go; they say nothing where another plane runs over the same dim.
     """
 
     labels: np.ndarray
     fast: int
     zero: bool = False
+    stays: bool = False
 
     def moved(self, labels: np.ndarray, fast: int) -> Plane:
         """The plane of a tensor of the same values elsewhere."""
-        return Plane(labels, fast, self.zero)
+        return Plane(labels, fast, self.zero, self.stays)
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -118,7 +120,10 @@ def meet(
     met: list[Plane] = []
     for plane in labelled:
         touched = free.intersection(plane.dims)
-        if touched:
+        if heads and plane.rows and touched == {plane.fast}:  # whole rows may still go
+            collapse(store, plane)
+            met = _add_plane(store, met, plane, heads)
+        elif touched:
             store.freeze(plane.labels, f"meets a dim that carries no channels (tokens, space, batch) ({store.where()})")
         elif plane.dims:
             met = _add_plane(store, met, plane, heads)
@@ -144,7 +149,11 @@ def _add_plane(store: LabelStore, planes: list[Plane], new: Plane, heads: bool) 
             new = old
         elif a < b or b < a:
             big, small = (new, old) if a < b else (old, new)
-            if big.fast in small.dims:
+            if heads and small.dims == (big.fast,):  # rotary tables, norms over head dims
+                store.freeze(small.labels, f"runs over head dims, which granularity='head' keeps ({store.where()})")
+                collapse(store, big)
+                new = big
+            elif big.fast in small.dims:
                 missing = tuple(d for d in big.dims if d not in small.dims)
                 orbit(store, big, missing)
                 store.unite(small.labels, big.labels)
@@ -181,7 +190,9 @@ def reshape(store: LabelStore, state: State, old: tuple[int, ...], new: tuple[in
         o for ins, outs in blocks for o in outs if new[o] > 1 and all(old[i] == 1 or i in state.constant for i in ins)
     }
     planes = [_reshape_plane(store, p, old, new, blocks) for p in state.planes]
-    return state.with_planes([p for p in planes if p.dims], frozenset(constant))
+    said = {d for p in planes if not p.stays for d in p.dims}
+    planes = [p for p in planes if p.dims and not (p.stays and said.intersection(p.dims))]
+    return state.with_planes(planes, frozenset(constant))
 
 
 def _match_dims(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:

@@ -34,6 +34,7 @@ from cpd_fast.comb.calls import (
 from cpd_fast.comb.labels import LabelStore
 from cpd_fast.comb.planes import Plane, State, collapse, constant_state, freeze_dims, meet, orbit
 from cpd_fast.comb.sizes import SIZED_CALLS, sizes_of
+from cpd_fast.comb.values import Values
 from cpd_fast.errors import CpdError, TraceError, UnsupportedOpError
 from cpd_fast.types import NORMALISING, PRODUCTS
 
@@ -77,6 +78,7 @@ class Tracer(TorchDispatchMode):
         self.hopes: set[str] = set()  # modules whose numbers must
         self.function: tuple[str, int] = ("", 0)  # running function and its number within the module
         self._suspended = False
+        self.values = Values()
         self._written: set[int] = set()  # ids of tensors that were written in place with something else than 0
         self.output_shapes: tuple[tuple[int, ...], ...] = ()
         self.order: list[str] = []  # parameters and buffers by first use
@@ -215,11 +217,11 @@ class Tracer(TorchDispatchMode):
                 kept.append(p)
             elif len(p.dims) > 1 and p.fast in dims and not dims.intersection(p.rows):
                 if self.heads:
-                    labels = collapse(self.store, p)
+                    kept.append(p.moved(collapse(self.store, p), p.rows[-1]))
                 else:  # rows of the grid stay: labels that never go, so that they are not taken for a free dim
                     shape = [1 if d == p.fast else s for d, s in enumerate(p.labels.shape)]
                     labels = self.store.pinned(prod(shape)).reshape(shape)
-                kept.append(p.moved(labels, p.rows[-1]))
+                    kept.append(Plane(labels, p.rows[-1], p.zero, stays=True))
             elif not dims.issuperset(p.dims):
                 self.store.freeze(p.labels, f"summed over the rows of a grid ({self.where()})")
         return kept
@@ -263,6 +265,8 @@ class Tracer(TorchDispatchMode):
         args, kwargs = tree_map_only(Tensor, self._on_meta, (args, kwargs))
         if "device" in kwargs and kwargs["device"] is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}
+        if func is torch.ops.aten._local_scalar_dense.default and (value := self.values.of(args[0])) is not None:
+            return value.item()
         try:
             out = func(*args, **kwargs)
         except CpdError:
@@ -278,6 +282,7 @@ class Tracer(TorchDispatchMode):
         if self._suspended:
             return out
         op = f"{func.namespace}.{func._schema.name.split('::')[1]}"
+        self.values.follow(op, func, args, kwargs, out)
         self._apply(op, func, Call(op, tuple(args), kwargs, out))
         return out
 
@@ -289,6 +294,8 @@ class Tracer(TorchDispatchMode):
                 return held
         copy_ = torch.empty_like(t, device="meta")
         copy_._cpd_original = t  # type: ignore[attr-defined]
+        if t.device.type == "cpu" and not t.requires_grad:
+            self.values.set(copy_, t)
         self.set_state(copy_, self.states.get(id(t), State() if t.numel() > 1 else constant_state(t.dim())))
         return copy_
 
@@ -361,6 +368,8 @@ class _FunctionWatcher(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if tracer._suspended:
             return func(*args, **kwargs)
+        if name in ("tolist", "numpy") and (value := tracer.values.of(args[0])) is not None:
+            return func(value)
         if name in SIZED_CALLS and (sizes := sizes_of(name, args, kwargs)) is not None:
             args, kwargs = tracer.resize(name, args, kwargs, sizes)
             tracer.sized = [n + 1 for n in tracer.sized]

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from cpd_fast.comb.calls import Call, constants
-from cpd_fast.comb.labels import LabelCheck, agree
+from cpd_fast.comb.labels import LabelCheck
 from cpd_fast.comb.meta import clone_to_meta, tensor_names
 from cpd_fast.comb.planes import Plane, State
 from cpd_fast.comb.sizes import SizeFix, fit, with_sizes
@@ -55,7 +55,9 @@ class Replayer:
         """One label-checked forward on meta tensors, in eval mode; ``prepare`` gets the copy that will run."""
         clone = clone_to_meta(self._model, hooks=self._graph.needs_hooks).eval()
         ids, _ = tensor_names(clone)
-        tracer = ReplayTracer(LabelCheck(), ids, dict(self._planes), heads=False)
+        check = LabelCheck(self._graph.heads)
+        tracer = ReplayTracer(check, ids, dict(self._planes), self._graph.heads)
+        tracer.check = check
         tracer.on_unknown, tracer.transparent, tracer.expected = "freeze", self._transparent, self._expected
         tracer.scales, tracer.resizes, tracer.resizable = [], {}, self.resizable
         tracer.journal = None if prepare is None else []
@@ -89,6 +91,7 @@ class ReplayTracer(Tracer):
     """Compares every computing call with the one that comb saw, and goes on with what is expected of it."""
 
     replay = True
+    check: LabelCheck
     expected: list[_Expected]
     scales: list[tuple[str, np.ndarray, float]]
     resizes: dict[str, dict[int, SizeFix]]
@@ -113,7 +116,7 @@ class ReplayTracer(Tracer):
         """Forget what came after ``mark``."""
         self.done, self.wrong = mark.done, frozenset()
         stack, sized, self.function, self._suspended = mark.position
-        self.stack[:], self.sized = stack, list(sized)
+        self.stack[:], self.sized, self.attended = stack, list(sized), [0] * len(stack)  # a replay counts no attention
         for key, state in reversed((self.journal or [])[mark.states :]):
             if state is None:
                 self.states.pop(key, None)
@@ -164,7 +167,7 @@ class ReplayTracer(Tracer):
         self._compare_constants(call.op, wanted, constants(call))
         for got in state.planes:
             alike = [p.labels for p in planes if p.dims == got.dims]
-            if alike and not any(agree(got.labels, labels) for labels in alike):
+            if alike and not any(self.check.agree(got.labels, labels) for labels in alike):
                 raise CompactError(f"{call.op}: channels meet that do not belong together")
         self.set_state(out, replace(state, planes=tuple(planes)))
         self.done += 1

@@ -48,7 +48,7 @@ def rms_norm(
     """x / root mean square over the last ``len(normalized_shape)`` dims."""
     dims = tuple(range(x.dim() - len(normalized_shape), x.dim()))
     wide = _wide(x) * keep
-    square = (wide * wide).sum(dims, keepdim=True) / keep.expand(x.shape).sum(dims, keepdim=True)
+    square = (wide * wide).sum(dims, keepdim=True) / keep.expand(x.shape).sum(dims, keepdim=True).clamp_min(1)
     tiny = torch.finfo(x.dtype).eps if eps is None else eps
     return _affine(wide * torch.rsqrt(square + tiny), weight, None).to(x.dtype)
 
@@ -95,7 +95,7 @@ def mean(keep: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **kwar
     """Mean of the kept positions."""
     dims = _dims(dim, x)
     mask = keep.expand(x.shape)
-    return (x * mask).sum(dims, keepdim, **kwargs) / mask.sum(dims, keepdim).to(x.dtype)
+    return (x * mask).sum(dims, keepdim, **kwargs) / mask.sum(dims, keepdim).clamp_min(1).to(x.dtype)
 
 
 def sum_(keep: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
@@ -114,7 +114,7 @@ def var(
     """Variance of the kept positions."""
     dims = _dims(dim, x)
     mask = keep.expand(x.shape)
-    n = mask.sum(dims, keepdim=True)
+    n = mask.sum(dims, keepdim=True).clamp_min(1)
     centred = (x - (x * mask).sum(dims, keepdim=True) / n) * mask
     less = float(unbiased) if correction is None else correction
     total = (centred * centred).sum(dims, keepdim)

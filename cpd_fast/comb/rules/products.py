@@ -236,19 +236,33 @@ def attention(t: Tracer, call: Call) -> State:
     """softmax(q k^T * scale + mask) v; q (..., N, E), k (..., S, E), v (..., S, E_v)."""
     q, k, v = (call.arg(i, name) for i, name in enumerate(("query", "key", "value")))
     mask = call.arg(3, "attn_mask")
+    (state_k, shape_k), (state_v, shape_v) = ((t.state(x), tuple(x.shape)) for x in (k, v))
     if call.arg(7, "enable_gqa", False):
-        for x in (q, k, v):
-            t.freeze_all(x, "grouped-query attention")
-        return State()
+        if k.shape[-1] == v.shape[-1]:  # callers ask for it where the two are equal only, as fused kernels do
+            planes = [p for s in (state_k, state_v) for p in s.planes if p.labels.shape[-1] > 1]
+            if len(planes) == 2:
+                t.store.grid(np.concatenate([p.labels.reshape(-1, k.shape[-1]) for p in planes]))
+        state_k, shape_k = _share_heads(state_k, shape_k, q.shape[-3])
+        state_v, shape_v = _share_heads(state_v, shape_v, q.shape[-3])
     scores = (*call.out.shape[:-1], k.shape[-2])
     swapped = [*range(k.dim() - 2), k.dim() - 1, k.dim() - 2]
-    shape_k = tuple(k.shape[d] for d in swapped)
-    state = _contract(t, t.state(q), tuple(q.shape), permute(t.state(k), swapped), shape_k, scores, q)
+    shape_k = tuple(shape_k[d] for d in swapped)
+    state = _contract(t, t.state(q), tuple(q.shape), permute(state_k, swapped), shape_k, scores, q)
     if t.replay and q.shape[-1] == 1:  # one dim a head left: its label would pass for the head's
         state = State()
     if mask is not None:
         state = meet(t.store, [state, t.state(mask)], [scores, tuple(mask.shape)], scores, t.heads)
-    return _contract(t, state, scores, t.state(v), tuple(v.shape), tuple(call.out.shape))
+    return _contract(t, state, scores, state_v, shape_v, tuple(call.out.shape))
+
+
+def _share_heads(state: State, shape: Shape, heads: int) -> tuple[State, Shape]:
+    """Keys or values (..., kv_heads, S, E) as every query head sees them: (..., heads, S, E)."""
+    dim = len(shape) - 3
+    times = heads // shape[dim]
+    planes = [p.moved(np.repeat(p.labels, times, dim) if p.labels.shape[dim] > 1 else p.labels, p.fast)
+              for p in state.planes]  # fmt: skip
+    constant = state.constant | ({dim} if shape[dim] == 1 < times else frozenset())
+    return state.with_planes(planes, constant), (*shape[:dim], heads, *shape[dim + 1 :])
 
 
 @register_rule("aten.embedding")

@@ -120,12 +120,12 @@ def slice_(t: Tracer, call: Call) -> State:
 
 
 def _equal_parts(t: Tracer, x: Tensor, dim: int, part: int) -> None:
-    """Parts of a dim must keep equally many channels."""
+    """Parts of a dim must keep equally many channels; none may vanish, but for a row (a head) that goes whole."""
     for p in t.state(x).planes:
         if p.labels.shape[dim] > 1 and part > 1:
             shape = (*p.labels.shape[:dim], x.shape[dim] // part, part, *p.labels.shape[dim + 1 :])
             fast = dim + 1 if p.fast == dim else p.fast + (p.fast > dim)
-            record_grid(t.store, Plane(p.labels.reshape(shape), fast), whole_rows=False)
+            record_grid(t.store, Plane(p.labels.reshape(shape), fast), whole_rows=len(p.dims) > 1)
 
 
 @register_rule("aten.select")

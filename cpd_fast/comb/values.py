@@ -1,0 +1,60 @@
+"""Values that a forward makes of nothing but numbers: known in a trace although everything else there is shape.
+
+``torch.arange`` and what is computed from it may decide which way a forward takes (position masks, tables of levels).
+Such small tensors are evaluated beside the trace, on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+LARGEST = 1 << 14  # elements
+FACTORIES = frozenset(f"aten.{n}" for n in "arange zeros ones full eye linspace scalar_tensor".split())
+
+
+class Values:
+    """What is known of the values of meta tensors, by id (the trace keeps its tensors alive)."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Tensor] = {}
+        self._views: dict[int, list[int]] = {}  # base -> tensors that share its memory
+
+    def of(self, t: Any) -> Tensor | None:
+        """The value of a meta tensor, on the CPU."""
+        return self._known.get(id(t))
+
+    def set(self, t: Tensor, value: Tensor) -> None:
+        """Remember a value; the caller keeps ``t`` alive."""
+        if t.numel() <= LARGEST:
+            self._known[id(t)] = value
+            self._views.setdefault(id(t if t._base is None else t._base), []).append(id(t))
+
+    def forget(self, t: Tensor) -> None:
+        """``t`` is written in place: nothing is known of it any more, nor of what shares its memory."""
+        for key in self._views.pop(id(t if t._base is None else t._base), []):
+            self._known.pop(key, None)
+
+    def follow(self, op: str, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Evaluate a call if it depends on known values only."""
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if func._schema.is_mutable:
+            for t in tensors[:1]:
+                self.forget(t)
+            return
+        if tensors:
+            if not self._known or any(id(t) not in self._known for t in tensors):
+                return
+        elif op not in FACTORIES:
+            return
+        outs = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
+        if torch.Tag.nondeterministic_seeded in func.tags or any(o.numel() > LARGEST for o in outs):
+            return
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        args, kwargs = tree_map_only(Tensor, lambda t: self._known[id(t)], (args, kwargs))
+        for o, value in zip(outs, tree_leaves(func(*args, **kwargs)), strict=True):
+            self.set(o, value)
