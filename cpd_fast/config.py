@@ -44,6 +44,10 @@ class CompressConfig:
     round_to: int = _range(
         8, 1, 1024, "kept channels of a layer are a multiple of this; kernels are slow on odd widths"
     )
+    min_channels: float = _range(
+        1, 1e-3, 10**6, "fewest channels that a layer keeps; below 1: the least fraction of it"
+    )
+    max_pruning_ratio: float = _range(0.95, 0, 1, "largest fraction that a layer may lose")
     num_probes: int = _range(1, 1, 10**4, "Rademacher probes a batch of the Hessian trace")
     score_batches: int = _range(4, 1, 10**5, "batches that each scoring looks at")
     tau: float = _range(1.0, 1e-3, 1e3, "temperature of the distillation loss")

@@ -45,7 +45,35 @@ def finished(tmp_path_factory):
 def test_comb_prints_groups_and_cost(run):
     code, out, err = run("comb", "fashion-mnist")
     assert code == 0 and err == ""
-    assert "layers.0.conv1 32 6" in out and "308,074 parameters, 10,150,272 MACs" in out
+    assert "layers.0.conv1 32 layers.0.bn1 layers.0.conv2" in out and "308,074 parameters, 10,150,272 MACs" in out
+
+
+def test_comb_explains_and_gives_json_and_a_drawing(run, tmp_path):
+    code, out, _ = run("comb", "fashion-mnist", "--explain", "stem.0.weight")
+    assert code == 0 and out.startswith("stem.0.weight (") and "produces" in out
+    page = tmp_path / "groups.html"
+    code, out, err = run("comb", "fashion-mnist", "--json", "--html", str(page), "--protect", "first")
+    doc = json.loads(out)
+    assert code == 0 and doc["parameters"] > 1000
+    assert any(g["reason"] == "of the first layer, which is protected" for g in doc["groups"])
+    assert page.read_text().startswith("<!doctype html>")
+    code, _, err = run("comb", "fashion-mnist", "--html", str(tmp_path / "no" / "page.html"))
+    assert code == 1 and "cannot be written" in err
+
+
+def test_comb_obeys_its_options(run):
+    def shrinks(*options):
+        groups = json.loads(run("comb", "fashion-mnist", "--json", *options)[1])["groups"]
+        return {g["name"] for g in groups if g["prunable"]}
+
+    everything = shrinks()
+    some = sorted(everything)[0]
+    assert shrinks("--freeze", some) == everything - {some}
+    assert shrinks("--ignore", "*") == set()
+    code, _, err = run("comb", "fashion-mnist", "--freeze", "nothing")
+    assert code == 1 and "matches no group" in err
+    code, _, err = run("comb", "fashion-mnist", "--granularity", "row")
+    assert code == 2 and "expected one of dim, head" in err
 
 
 def test_comb_of_an_unknown_model(run):

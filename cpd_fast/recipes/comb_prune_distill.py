@@ -46,7 +46,7 @@ from cpd_fast.recipes.training import (
     train_step,
     training_state,
 )
-from cpd_fast.report import Results
+from cpd_fast.report import GROUPS, Results, groups_figure
 from cpd_fast.schedule import plan as make_plan
 from cpd_fast.schedule import plan_cost
 from cpd_fast.score import HessianTrace, score
@@ -159,6 +159,7 @@ class _Run:
         if stage == "teacher":
             stage, step, tensors = "prune", 0, {}
         graph = comb(teacher, self.task.example_inputs())
+        self.folder.write(GROUPS, groups_figure(graph))
         student = copy.deepcopy(teacher)
         optimizer: Optimizer = adamw(student, self.config.weight_decay)
         if stage == "prune":
@@ -266,7 +267,8 @@ class _Run:
         if step == 0:  # later scores know nothing of what is gone by then; the report shows the first
             info = {k: v for k, v in scores.info.items() if isinstance(v, (str, int, float, bool))}
             self._write_tensors(SCORES, dict(scores), {"criterion": scores.criterion, "info": info})
-        return make_plan(graph, scores, Target(macs=macs), round_to=c.round_to, start=before, per_cost="macs")
+        most, least = c.max_pruning_ratio, c.min_channels
+        return make_plan(graph, scores, Target(macs=macs), c.round_to, most, least, start=before, per_cost="macs")
 
     def _finetune(
         self,

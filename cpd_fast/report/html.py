@@ -11,6 +11,7 @@ from pathlib import Path
 from cpd_fast.report.results import Histogram, Results, Side, table
 
 PAGE = Path(__file__).with_name("page.css")
+GROUPS = "groups.html"  # in a run folder: the drawing of the groups, a piece of HTML
 MAX_POINTS = 240  # of a curve
 
 
@@ -58,6 +59,7 @@ def render(results: Results, folder: str | os.PathLike[str] | None = None) -> st
         )
         if r.histograms
         else "",
+        _section("Channels that only go together", figure) if (figure := _groups(folder)) else "",
         _section("Training", _curve(r)) if r.curve else "",
         _section("How it was made", *_made(r)),
     ]
@@ -165,6 +167,12 @@ def _picture(folder: str | os.PathLike[str] | None, name: str, alt: str) -> str:
         return f'<span class="missing">{escape(alt)}</span>'
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def _groups(folder: str | os.PathLike[str] | None) -> str:
+    """The drawing of coupled groups that the run left in its folder."""
+    path = None if folder is None else Path(folder) / GROUPS
+    return path.read_text() if path is not None and path.is_file() else ""
 
 
 def _legend(*items: tuple[str, str]) -> str:
