@@ -47,19 +47,46 @@ void scale_rows(int dtype, uintptr_t grad, uintptr_t dstudent, int64_t outer, in
   cpd::scale_rows({cpd::Dtype(dtype), in(grad), out(dstudent), outer, reduce, inner, num_threads});
 }
 
+cpd::ResizedKl resized_args(const char* op, int dtype, uintptr_t student, uintptr_t teacher, uintptr_t weight,
+                            uintptr_t grad, uintptr_t loss, uintptr_t dstudent, int64_t n, int64_t c, int64_t student_h,
+                            int64_t student_w, int64_t teacher_h, int64_t teacher_w, bool over_classes,
+                            bool align_corners, double inv_temperature, double loss_scale, double grad_scale,
+                            int num_threads) {
+  const auto fail = [&](const char* what) { throw std::invalid_argument(std::string(op) + ": " + what); };
+  check(op, dtype, n, c, std::min({student_h, student_w, teacher_h, teacher_w}), num_threads);
+  if ((student_h < teacher_h && student_w > teacher_w) || (student_h > teacher_h && student_w < teacher_w)) {
+    fail("one map must be at least as high and as wide as the other");
+  }
+  if (n > 0 && (!student || !teacher)) fail("student and teacher must not be null");
+  return {cpd::Dtype(dtype),
+          in(student),
+          in(teacher),
+          in(weight),
+          in(grad),
+          out(loss),
+          out(dstudent),
+          n,
+          c,
+          student_h,
+          student_w,
+          teacher_h,
+          teacher_w,
+          over_classes,
+          align_corners,
+          inv_temperature,
+          loss_scale,
+          grad_scale,
+          num_threads};
+}
+
 void resized_kl(int dtype, uintptr_t student, uintptr_t teacher, uintptr_t weight, uintptr_t grad, uintptr_t loss,
                 uintptr_t dstudent, int64_t n, int64_t c, int64_t student_h, int64_t student_w, int64_t teacher_h,
                 int64_t teacher_w, bool over_classes, bool align_corners, double inv_temperature, double loss_scale,
                 double grad_scale, int num_threads) {
-  check("resized_kl", dtype, n, c, std::min({student_h, student_w, teacher_h, teacher_w}), num_threads);
-  if ((student_h < teacher_h && student_w > teacher_w) || (student_h > teacher_h && student_w < teacher_w)) {
-    throw std::invalid_argument("resized_kl: one map must be at least as high and as wide as the other");
-  }
-  if (n == 0) return;
-  if (!student || !teacher) throw std::invalid_argument("resized_kl: student and teacher must not be null");
-  cpd::resized_kl({cpd::Dtype(dtype), in(student), in(teacher), in(weight), in(grad), out(loss), out(dstudent), n, c,
-                   student_h, student_w, teacher_h, teacher_w, over_classes, align_corners, inv_temperature, loss_scale,
-                   grad_scale, num_threads});
+  const auto args = resized_args("resized_kl", dtype, student, teacher, weight, grad, loss, dstudent, n, c, student_h,
+                                 student_w, teacher_h, teacher_w, over_classes, align_corners, inv_temperature,
+                                 loss_scale, grad_scale, num_threads);
+  if (n > 0) cpd::resized_kl(args);
 }
 
 #ifdef CPD_WITH_CUDA
@@ -81,6 +108,23 @@ void scale_rows_cuda(int dtype, uintptr_t grad, uintptr_t dstudent, int64_t oute
   if (outer == 0) return;
   if (!grad || !dstudent) throw std::invalid_argument("scale_rows_cuda: grad and dstudent must not be null");
   cpd::scale_rows_cuda({cpd::Dtype(dtype), in(grad), out(dstudent), outer, reduce, inner, 1}, out(stream));
+}
+
+void resized_kl_cuda(int dtype, uintptr_t student, uintptr_t teacher, uintptr_t weight, uintptr_t grad, uintptr_t loss,
+                     uintptr_t dstudent, uintptr_t scratch, int64_t n, int64_t c, int64_t student_h, int64_t student_w,
+                     int64_t teacher_h, int64_t teacher_w, bool over_classes, bool align_corners,
+                     double inv_temperature, double loss_scale, double grad_scale, uintptr_t stream) {
+  auto args =
+      resized_args("resized_kl_cuda", dtype, student, teacher, weight, grad, loss, dstudent, n, c, student_h, student_w,
+                   teacher_h, teacher_w, over_classes, align_corners, inv_temperature, loss_scale, grad_scale, 1);
+  args.scratch = out(scratch);
+  if (n > 0) cpd::resized_kl_cuda(args, out(stream));
+}
+
+int64_t resized_kl_cuda_scratch(int dtype, int64_t n, int64_t c, int64_t student_h, int64_t student_w,
+                                int64_t teacher_h, int64_t teacher_w, bool over_classes) {
+  return cpd::resized_kl_cuda_scratch(resized_args("resized_kl_cuda_scratch", dtype, 1, 1, 0, 0, 0, 0, n, c, student_h,
+                                                   student_w, teacher_h, teacher_w, over_classes, false, 1, 1, 1, 1));
 }
 #endif
 
@@ -106,5 +150,7 @@ PYBIND11_MODULE(_native, m) {
     return cpd::channel_kl_cuda_scratch(cpd::Dtype(dtype), outer, reduce, inner);
   });
   m.def("scale_rows_cuda", &scale_rows_cuda, no_gil);
+  m.def("resized_kl_cuda", &resized_kl_cuda, no_gil);
+  m.def("resized_kl_cuda_scratch", &resized_kl_cuda_scratch);
 #endif
 }

@@ -44,6 +44,7 @@ struct ResizedKl {
   double loss_scale;
   double grad_scale;
   int num_threads;
+  void* scratch = nullptr;  // CUDA: resized_kl_cuda_scratch() bytes
 };
 
 // dstudent[o, :, i] *= grad[o, i], in place; places where grad is 1 are not touched, where it is 0 they become 0
@@ -64,5 +65,7 @@ void resized_kl(const ResizedKl& args);
 int64_t channel_kl_cuda_scratch(Dtype dtype, int64_t outer, int64_t reduce, int64_t inner);
 void channel_kl_cuda(const ChannelKl& args, void* stream);
 void scale_rows_cuda(const ScaleRows& args, void* stream);
+int64_t resized_kl_cuda_scratch(const ResizedKl& args);
+void resized_kl_cuda(const ResizedKl& args, void* stream);
 
 }  // namespace cpd

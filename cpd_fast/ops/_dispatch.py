@@ -79,6 +79,15 @@ def _why_not_triton(tensor: Tensor) -> str | None:
     return _why_not_pointers(tensor)
 
 
+def why_not_resized(student: Tensor, teacher: Tensor) -> str | None:
+    """Why the GPU bodies for pixel weights and two sizes cannot take these maps, if they cannot: 32-bit positions."""
+    pixels = math.prod(max(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    longest = max(*student.shape[2:], *teacher.shape[2:])
+    if pixels >= 2**31 or (student.shape != teacher.shape and longest > 32767):
+        return f"needs maps below 2^31 pixels, and at most 32767 a side to be resized, got {tuple(student.shape)}"
+    return None
+
+
 _WHY_NOT: dict[str, Callable[[Tensor], str | None]] = {
     "cuda": _why_not_cuda,
     "cpu": _why_not_cpu,
@@ -216,6 +225,7 @@ def softmax_kl(
 
 
 def resized_kl(
+    backend: str,
     student: Tensor,
     teacher: Tensor,
     weight: Tensor | None,
@@ -226,24 +236,33 @@ def resized_kl(
     *,
     grad: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Run the CPU kernel for pixel weights and maps of two sizes: the loss, or the gradient if ``grad`` is given."""
+    """Run the kernel for pixel weights and maps of two sizes: the loss, or the gradient if ``grad`` is given."""
     student, teacher = (x.detach().contiguous() for x in (student, teacher))
     n, c = student.shape[:2]
     spaces = [x.shape[2:] if x.dim() == 4 else (1, math.prod(x.shape[2:])) for x in (student, teacher)]
+    sizes = (n, c, *spaces[0], *spaces[1])
     accumulate = torch.float64 if student.dtype == torch.float64 else torch.float32
     pixels = [max(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-    loss = torch.empty((n, c) if over == "space" else (n, *pixels), dtype=accumulate) if grad is None else None
+    shape = (n, c) if over == "space" else (n, *pixels)
+    loss = torch.empty(shape, dtype=accumulate, device=student.device) if grad is None else None
     dstudent = torch.empty_like(student) if grad is not None else None
     weight, grad = (None if x is None else x.to(accumulate).contiguous() for x in (weight, grad))
+    numbers = (1.0 / temperature, scale * temperature**2, scale * temperature)
+    tensors = (student, teacher, weight, grad, loss, dstudent)
+    if backend == "triton":
+        kernels = importlib.import_module("cpd_fast.kernels.resized_kl")
+        with _on(student):
+            kernels.resized_kl_launch(*tensors, sizes, over == "classes", align_corners, *numbers)
+        return loss, dstudent
     native: Any = _native()
-    native.resized_kl(
-        DTYPE_CODES[student.dtype],
-        *(0 if x is None else x.data_ptr() for x in (student, teacher, weight, grad, loss, dstudent)),
-        *(n, c, *spaces[0], *spaces[1]),
-        *(over == "classes", align_corners),
-        *(1.0 / temperature, scale * temperature**2, scale * temperature),
-        torch.get_num_threads(),
-    )
+    code, pointers = DTYPE_CODES[student.dtype], [0 if x is None else x.data_ptr() for x in tensors]
+    flags = (over == "classes", align_corners)
+    if backend == "cpu":
+        native.resized_kl(code, *pointers, *sizes, *flags, *numbers, torch.get_num_threads())
+    else:
+        with _on(student):
+            scratch = student.new_empty(native.resized_kl_cuda_scratch(code, *sizes, flags[0]), dtype=torch.uint8)
+            native.resized_kl_cuda(code, *pointers, scratch.data_ptr(), *sizes, *flags, *numbers, _stream(student))
     return loss, dstudent
 
 
@@ -263,7 +282,8 @@ def scale_rows(backend: str, over: str, dstudent: Tensor, grad: Tensor) -> Tenso
         with _on(dstudent):
             native.scale_rows_cuda(code, *pointers, *layout[:3], _stream(dstudent))
     else:
-        dstudent.mul_(grad.reshape(grad.shape + (1,) * (dstudent.dim() - 2)) if over == "space" else grad.unsqueeze(1))
+        grad = grad.reshape(grad.shape + (1,) * (dstudent.dim() - 2)) if over == "space" else grad.unsqueeze(1)
+        dstudent.mul_(grad).masked_fill_(grad == 0, 0.0)  # whatever it was, NaN as well
     return dstudent
 
 

@@ -14,7 +14,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cpd_fast.errors import BackendError, ShapeError
@@ -70,6 +69,24 @@ def reference_backward(
     return dstudent.to(student.dtype).reshape(student.shape)
 
 
+def _upsample(x: Tensor, dim: int, out: int, align_corners: bool) -> Tensor:
+    """Linear interpolation along ``dim``, at the positions of :func:`torch.nn.functional.interpolate`.
+
+    Written out, since there 0 times infinity is NaN: here a value that a pixel does not lie at does not matter to it.
+    """
+    length = x.shape[dim]
+    i = torch.arange(out, dtype=torch.float64, device=x.device)
+    if align_corners:
+        at = i * ((length - 1) / max(out - 1, 1))
+    else:
+        at = ((i + 0.5) * (length / out) - 0.5).clamp(min=0.0)
+    first = at.long().clamp(max=length - 1)
+    share = (at - first).to(x.dtype)
+    share = share if dim == -1 else share.unsqueeze(-1)
+    before, after = x.index_select(dim, first), x.index_select(dim, (first + 1).clamp(max=length - 1))
+    return torch.where(share == 0, before, (1 - share) * before + share * after)
+
+
 def reference_resized(
     student: Tensor,
     teacher: Tensor,
@@ -85,7 +102,7 @@ def reference_resized(
     s, t = (
         x
         if x.shape[2:] == size
-        else F.interpolate(x.to(accumulate), size=size, mode="bilinear", align_corners=align_corners)
+        else _upsample(_upsample(x.to(accumulate), -2, size[0], align_corners), -1, size[1], align_corners)
         for x in (student, teacher.detach())
     )
     if weight is None:
@@ -224,11 +241,12 @@ class FusedKl(torch.autograd.Function):
 
 
 class FusedResizedKl(torch.autograd.Function):
-    """The CPU kernel for weights and for maps of two sizes; the gradient is made in the backward pass."""
+    """The kernels for weights and for maps of two sizes; the gradient is made in the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         student: Tensor,
         teacher: Tensor,
         weight: Tensor | None,
@@ -238,8 +256,8 @@ class FusedResizedKl(torch.autograd.Function):
         align_corners: bool,
     ) -> Tensor:
         ctx.save_for_backward(student, teacher, weight)
-        ctx.call = (temperature, scale, over, align_corners)
-        loss, _ = _dispatch.resized_kl(student, teacher, weight, *ctx.call)
+        ctx.backend, ctx.call = backend, (temperature, scale, over, align_corners)
+        loss, _ = _dispatch.resized_kl(backend, student, teacher, weight, *ctx.call)
         assert loss is not None
         return loss
 
@@ -250,8 +268,8 @@ class FusedResizedKl(torch.autograd.Function):
             loss = reference_resized(student, teacher, weight, *ctx.call)
             (dstudent,) = torch.autograd.grad(loss, student, grad, create_graph=True)
         else:
-            _, dstudent = _dispatch.resized_kl(student, teacher, weight, *ctx.call, grad=grad)
-        return dstudent, None, None, None, None, None, None
+            _, dstudent = _dispatch.resized_kl(ctx.backend, student, teacher, weight, *ctx.call, grad=grad)
+        return None, dstudent, None, None, None, None, None, None
 
 
 def _call_resized(
@@ -265,13 +283,17 @@ def _call_resized(
     align_corners: bool,
     backend: str | None,
 ) -> Tensor:
-    """Weights inside a softmax over pixels, or two sizes: the CPU kernel, else the reference."""
-    if backend in ("cuda", "triton"):
-        raise BackendError(f"{op}: backend {backend!r} has no body for weight and resize; choose cpu or reference")
+    """Weights inside the kernel, or two sizes: a kernel, else the reference."""
+    numbers = (temperature, scale, over, align_corners)
     watched = backend is None and _dispatch.is_watched(student, teacher)
-    if watched or not student.shape[0] or _dispatch.choose(op, student, backend) != "cpu":
-        return reference_resized(student, teacher, weight, temperature, scale, over, align_corners)
-    return FusedResizedKl.apply(student, teacher, weight, temperature, scale, over, align_corners)
+    chosen = "reference" if watched else _dispatch.choose(op, student, backend)
+    if chosen in ("cuda", "triton") and (reason := _dispatch.why_not_resized(student, teacher)):
+        if backend is not None:
+            raise BackendError(f"{op}: backend {backend!r} {reason}")
+        chosen = "reference"
+    if chosen == "reference" or not student.shape[0]:
+        return reference_resized(student, teacher, weight, *numbers)
+    return FusedResizedKl.apply(chosen, student, teacher, weight, *numbers)
 
 
 def call(
@@ -291,7 +313,9 @@ def call(
     student, teacher = promote(student, teacher)
     if weight is not None:
         weight = _check_weight(op, weight, student, teacher, resize)
-    if student.shape != teacher.shape or (weight is not None and over == "space"):
+    # Half types make the gradient in the backward pass, where a weight of 0 alone does not keep NaN out.
+    inside = weight is not None and (over == "space" or student.dtype not in (torch.float32, torch.float64))
+    if student.shape != teacher.shape or inside:
         return _call_resized(op, over, student, teacher, temperature, scale, weight, align_corners, backend)
     if weight is not None:
         watched = _dispatch.is_watched(student, teacher)

@@ -40,7 +40,7 @@ def channel_kl(
             receives no gradient. A pixel of weight k counts as k pixels
             of its map, one of weight 0 as none, whatever its logits.
         resize: Allow student and teacher of different H and W. The smaller is read through bilinear interpolation, so
-            that it never exists at the larger size (on the CPU; elsewhere it is upsampled first).
+            that it never exists at the larger size.
         align_corners: Of the interpolation, as in ``torch.nn.functional.interpolate``.
         backend: ``None`` (the first that can run, see :func:`explain_backend`), or one of ``"reference"``, ``"cpu"``,
             ``"triton"``, ``"cuda"``.

@@ -33,7 +33,7 @@ def class_kl(
             receives no gradient. It multiplies the pixel's
             loss.
         resize: Allow student and teacher of different H and W. The smaller is read through bilinear interpolation, so
-            that it never exists at the larger size (on the CPU; elsewhere it is upsampled first).
+            that it never exists at the larger size.
         align_corners: Of the interpolation, as in ``torch.nn.functional.interpolate``.
         backend: ``None`` (the first that can run), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 

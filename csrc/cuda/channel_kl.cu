@@ -4,139 +4,22 @@
 // gradient. Longer rows are shared by several blocks and swept twice: 5 units. Columns (inner > 1) run one to a thread,
 // so that neighbours load neighbours. All sums have a fixed order: the same bits from run to run. Exponentials are
 // taken to base 2, T folded into the factor.
-#include <algorithm>
 #include <type_traits>
 
 #include "channel_kl.h"
-#include "cuda/device.h"
+#include "cuda/softmax_kl.h"
 
 namespace cpd {
 namespace {
 
-template <class T>
-using compute_t = std::conditional_t<std::is_same<T, double>::value, double, float>;
-
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr int kElementsPerThread = 16;  // 2 x 16 fp32 values: 64 registers, no spills on sm_75 with 1024 threads
 constexpr int kColumnLanes = 32;
-constexpr int kChunkThreads = 512, kChunkElements = 16384;  // of a row that several blocks share
-
-template <class A>
-__device__ inline A neg_inf() {
-  return A(-INFINITY);
-}
-
-// x - base for a maximum that may be -inf: then x is -inf (or NaN) as well, and any finite base serves.
-template <class A>
-__device__ inline A difference(A x, A base) {
-  return base == neg_inf<A>() ? x : x - base;
-}
-
-__device__ inline float max_of(float x, float y) {
-  return fmaxf(x, y);
-}
-__device__ inline double max_of(double x, double y) {
-  return fmax(x, y);
-}
-__device__ inline float exp2_of(float x) {
-  return exp2f(x);
-}
-__device__ inline double exp2_of(double x) {
-  return exp2(x);
-}
-
-// Sums relative to the maxima ms, mt; a = sum et (y - x) in units of ln 2.
-template <class A>
-struct Stats {
-  A ms, mt, zs, zt, a;
-};
-
-template <class A>
-__device__ inline Stats<A> no_stats() {
-  return {neg_inf<A>(), neg_inf<A>(), A(0), A(0), A(0)};
-}
-
-// Bring sums to larger maxima.
-template <class A>
-__device__ inline void raise(Stats<A>& x, A ms, A mt, A c) {
-  const A shift_s = x.ms == neg_inf<A>() ? A(0) : (ms - x.ms) * c;
-  const A shift_t = x.mt == neg_inf<A>() ? A(0) : (mt - x.mt) * c;
-  const A fade = exp2_of(-shift_t);
-  x.a = fade == A(0) ? A(0) : fade * (x.a + x.zt * (shift_s - shift_t));
-  x.zs *= exp2_of(-shift_s);
-  x.zt *= fade;
-  x.ms = ms;
-  x.mt = mt;
-}
-
-template <class A>
-__device__ inline Stats<A> merge(Stats<A> x, Stats<A> y, A c) {
-  const A ms = max_of(x.ms, y.ms), mt = max_of(x.mt, y.mt);
-  raise(x, ms, mt, c);
-  raise(y, ms, mt, c);
-  return {ms, mt, x.zs + y.zs, x.zt + y.zt, x.a + y.a};
-}
-
-template <class A>
-__device__ inline void add(Stats<A>& x, A s, A t, A c) {
-  const A ms = max_of(x.ms, s), mt = max_of(x.mt, t);
-  if (ms > x.ms || mt > x.mt) raise(x, ms, mt, c);
-  const A ys = difference(s, ms) * c, yt = difference(t, mt) * c;
-  const A et = exp2_of(yt);
-  x.zs += exp2_of(ys);
-  x.zt += et;
-  x.a += et == A(0) ? A(0) : et * (yt - ys);
-}
-
-template <class A>
-__device__ inline bool is_empty(const Stats<A>& x) {
-  return (x.ms == neg_inf<A>() || x.mt == neg_inf<A>()) && x.zs == x.zs && x.zt == x.zt;
-}
-
-template <class A>
-__device__ inline A kl_of(const Stats<A>& x) {
-  return is_empty(x) ? A(0) : (x.a / x.zt + A(log2(x.zs / x.zt))) * A(kLn2);
-}
-
-template <class A>
-__device__ inline Stats<A> shuffle_down(const Stats<A>& x, int by) {
-  const unsigned all = 0xffffffffu;
-  return {__shfl_down_sync(all, x.ms, by), __shfl_down_sync(all, x.mt, by), __shfl_down_sync(all, x.zs, by),
-          __shfl_down_sync(all, x.zt, by), __shfl_down_sync(all, x.a, by)};
-}
-
-// Merge over a block of whole warps in a fixed order; every thread gets the result. Room: 32 Stats.
-template <class A>
-__device__ inline Stats<A> merge_block(Stats<A> x, A c, Stats<A>* room) {
-  for (int by = 16; by > 0; by /= 2) x = merge(x, shuffle_down(x, by), c);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  __syncthreads();  // room may still be read from the row before
-  if (lane == 0) room[warp] = x;
-  __syncthreads();
-  if (warp == 0) {
-    x = lane < warps ? room[lane] : no_stats<A>();
-    for (int by = 16; by > 0; by /= 2) x = merge(x, shuffle_down(x, by), c);
-    if (lane == 0) room[0] = x;
-  }
-  __syncthreads();
-  return room[0];
-}
-
-struct Numbers {
-  double log2e_over_t, loss_scale, grad_scale;
-};
-
-template <class A>
-struct Factors {
-  A student, teacher;
-};
-
-template <class A>
-__device__ inline Factors<A> gradient_factors(const Stats<A>& x, const A* grad, int64_t at, Numbers numbers) {
-  if (is_empty(x)) return {A(0), A(0)};
-  const A g = A(numbers.grad_scale) * (grad ? grad[at] : A(1));
-  return {g / x.zs, g / x.zt};
-}
+constexpr int kChunkElements = 16384;  // of a row that several blocks share
+// Two fp64 accumulators take as many registers as four of fp32: half the threads, or sm_90 spills.
+template <class T>
+constexpr int kChunkThreads = std::is_same<T, double>::value ? 256 : 512;
+template <class T>
+constexpr int kColumnThreads = std::is_same<T, double>::value ? 512 : 1024;
 
 // ---- rows that fit in registers: thread i holds packs i, i + kThreads, ... ----
 
@@ -239,7 +122,7 @@ __device__ inline void load_pack(const T* s_row, const T* t_row, int64_t first, 
 
 // Sweep 1: block (row, chunk) leaves the sums of its chunk.
 template <class T>
-__global__ void __launch_bounds__(kChunkThreads)
+__global__ void __launch_bounds__(kChunkThreads<T>, 1)
     chunk_kernel(const T* student, const T* teacher, Stats<compute_t<T>>* partials, int64_t rows, int64_t reduce,
                  int64_t chunks, bool aligned, Numbers numbers) {
   using A = compute_t<T>;
@@ -263,7 +146,7 @@ __global__ void __launch_bounds__(kChunkThreads)
 
 // Sweep 2: every block merges its row's partial sums, in the same order, and writes its chunk of the gradient.
 template <class T>
-__global__ void __launch_bounds__(kChunkThreads)
+__global__ void __launch_bounds__(kChunkThreads<T>, 1)
     finish_kernel(const T* student, const T* teacher, const Stats<compute_t<T>>* partials, const compute_t<T>* grad,
                   compute_t<T>* loss, T* dstudent, int64_t rows, int64_t reduce, int64_t chunks, bool aligned,
                   Numbers numbers) {
@@ -305,11 +188,11 @@ __global__ void __launch_bounds__(kChunkThreads)
 // ---- columns: threadIdx.x is the column, threadIdx.y shares its length ----
 
 template <class T>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kColumnThreads<T>, 1)
     column_kernel(const T* student, const T* teacher, const compute_t<T>* grad, compute_t<T>* loss, T* dstudent,
                   int64_t outer, int64_t reduce, int64_t inner, Numbers numbers) {
   using A = compute_t<T>;
-  SHARED(Stats<A>, room, 1024);
+  SHARED(Stats<A>, room, kColumnThreads<T>);
   const A c = A(numbers.log2e_over_t);
   const int64_t tiles = (inner + kColumnLanes - 1) / kColumnLanes;
   const int slot = threadIdx.y * kColumnLanes + threadIdx.x;
@@ -366,10 +249,6 @@ __global__ void scale_row_kernel(const T* grad, T* dstudent, int64_t rows, int64
   }
 }
 
-inline unsigned blocks_for(int64_t work) {
-  return unsigned(std::min<int64_t>(work, 0x7fffffff));
-}
-
 inline bool is_packed(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
@@ -385,7 +264,7 @@ void run(const ChannelKl& args, void* stream) {
   const Numbers numbers{args.inv_temperature * kLog2E, args.loss_scale, args.grad_scale};
   if (args.inner > 1) {
     const int64_t tiles = (args.inner + kColumnLanes - 1) / kColumnLanes;
-    const dim3 block(kColumnLanes, args.reduce >= 1024 ? 32 : 8);
+    const dim3 block(kColumnLanes, args.reduce >= 1024 ? kColumnThreads<T> / kColumnLanes : 8);
     return launch(column_kernel<T>, dim3(blocks_for(args.outer * tiles)), block, stream, student, teacher, grad, loss,
                   dstudent, args.outer, args.reduce, args.inner, numbers);
   }
@@ -403,7 +282,7 @@ void run(const ChannelKl& args, void* stream) {
   if (args.scratch == nullptr) throw std::invalid_argument("channel_kl_cuda: long rows need scratch");
   const int64_t chunks = (args.reduce + kChunkElements - 1) / kChunkElements;
   auto* partials = static_cast<Stats<A>*>(args.scratch);
-  const dim3 grid(blocks_for(args.outer * chunks)), block(kChunkThreads);
+  const dim3 grid(blocks_for(args.outer * chunks)), block(kChunkThreads<T>);
   launch(chunk_kernel<T>, grid, block, stream, student, teacher, partials, args.outer, args.reduce, chunks, aligned,
          numbers);
   launch(finish_kernel<T>, grid, block, stream, student, teacher, partials, grad, loss, dstudent, args.outer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from cpd_fast.errors import BackendError, ShapeError
 from cpd_fast.losses import ChannelWiseKL, LogitKL
 from cpd_fast.ops import _dispatch, channel_kl, class_kl
 
+BACKENDS = ["reference", "cpu", "triton", "cuda"]
 OPS = {"channel_kl": channel_kl, "class_kl": class_kl}
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-12, "fp16": 1e-3, "bf16": 8e-3}
@@ -53,15 +55,38 @@ def backends(tensor: Tensor, backend: str) -> str:
 @pytest.mark.parametrize("weighted", ["plain", "mask", "weight"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
 @pytest.mark.parametrize("op", OPS)
 def test_matches_float64_on_upsampled_maps(op, backend, dtype, sizes, weighted, corners, fresh_memory_is_nan):
-    student, teacher = ((torch.randn(2, 3, *size) * 2).to(DTYPES[dtype]) for size in sizes)
+    check_against_float64(op, backend, dtype, sizes, weighted, corners, (2, 3))
+
+
+# The interpreter needs 0.1 s a visited pixel: few maps, every feature.
+@pytest.mark.parametrize(
+    ("op", "dtype", "sizes", "weighted", "corners"),
+    [
+        ("channel_kl", "fp32", ((2, 3), (5, 7)), "weight", False),
+        ("channel_kl", "fp16", ((3, 4), (3, 6)), "plain", True),
+        ("channel_kl", "bf16", ((5, 7), (1, 7)), "mask", False),
+        ("channel_kl", "fp32", ((91, 91), (91, 91)), "weight", False),
+        ("class_kl", "fp32", ((2, 3), (4, 3)), "mask", True),
+        ("class_kl", "fp16", ((9, 13), (4, 6)), "weight", False),
+    ],
+)
+def test_triton_matches_float64(op, dtype, sizes, weighted, corners, fresh_memory_is_nan):
+    check_against_float64(op, "triton", dtype, sizes, weighted, corners, (1, 2))
+
+
+def check_against_float64(op, backend, dtype, sizes, weighted, corners, outer) -> None:
+    device = "cuda" if torch.cuda.is_available() and backend in ("triton", "cuda") else "cpu"
+    student, teacher = ((torch.randn(*outer, *size) * 2).to(device, DTYPES[dtype]) for size in sizes)
     backends(student, backend)
+    n = outer[0]
     pixels = [max(a, b) for a, b in zip(*sizes, strict=True)]
-    weight = {"plain": None, "mask": torch.rand(2, *pixels) > 0.4, "weight": torch.rand(2, 1, *pixels)}[weighted]
+    weight = {"plain": None, "mask": torch.rand(n, *pixels) > 0.4, "weight": torch.rand(n, 1, *pixels)}[weighted]
     if weight is not None:
         weight[..., 0, 0] = 1  # at least one pixel counts
+        weight = weight.to(device)
     student.requires_grad_()
     loss = OPS[op](student, teacher, 2.0, weight=weight, resize=True, align_corners=corners, backend=backend)
     grad = torch.rand_like(loss)
@@ -76,16 +101,20 @@ def test_matches_float64_on_upsampled_maps(op, backend, dtype, sizes, weighted, 
     assert error <= TOLERANCE[dtype] * max(expected_gradient.abs().max().item(), 0.1)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("resize", [False, True])
 @pytest.mark.parametrize("op", OPS)
-def test_an_ignored_pixel_does_not_matter_whatever_it_holds(op, resize, backend):
-    student, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 3, *((8, 10) if resize else (4, 5)))
+def test_an_ignored_pixel_does_not_matter_whatever_it_holds(op, resize, dtype, backend):
+    device = "cuda" if torch.cuda.is_available() and backend in ("triton", "cuda") else "cpu"
+    outer, size, large = ((2, 3), (4, 5), (8, 10)) if backend != "triton" else ((1, 2), (2, 3), (3, 4))
+    student, teacher = torch.randn(*outer, *size), torch.randn(*outer, *(large if resize else size))
+    student, teacher = (x.to(device, DTYPES[dtype]) for x in (student, teacher))
     backends(student, backend)
-    mask = torch.ones(2, *teacher.shape[2:], dtype=torch.bool)
-    mask[0, 1, 2] = mask[1, 3, 4] = False
+    mask = torch.ones(outer[0], *teacher.shape[2:], dtype=torch.bool, device=device)
+    mask[0, 1, 2] = mask[-1, -1, -1] = False
     results = []
-    for junk in (0.0, math.nan, math.inf, -math.inf, 1e30):
+    for junk in (0.0, math.nan, -math.inf) if backend == "triton" else (0.0, math.nan, math.inf, -math.inf, 1e4):
         teacher = teacher.masked_fill(~mask[:, None], junk)
         own = student.clone() if resize else student.masked_fill(~mask[:, None], junk)
         own.requires_grad_()
@@ -171,5 +200,7 @@ def test_messages():
         class_kl(x, large, resize=True, weight=torch.ones(2, 4, 4))
     with pytest.raises(ShapeError, match="weight must be on the student's device cpu, got meta"):
         class_kl(x, x, weight=torch.ones(2, 4, 4, device="meta"))
-    with pytest.raises(BackendError, match="backend 'triton' has no body for weight and resize"):
-        channel_kl(x, large, resize=True, backend="triton")
+    if importlib.util.find_spec("triton"):
+        long = torch.zeros(1, 1, 1, 1).expand(1, 1, 1, 40000)
+        with pytest.raises(BackendError, match=r"'triton' needs maps below 2\^31 pixels, and at most 32767 a side"):
+            channel_kl(x[:1, :1, :1], long, resize=True, backend="triton")
