@@ -83,8 +83,8 @@ def why_not_resized(student: Tensor, teacher: Tensor) -> str | None:
     """Why the GPU bodies for pixel weights and two sizes cannot take these maps, if they cannot: 32-bit positions."""
     pixels = math.prod(max(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
     longest = max(*student.shape[2:], *teacher.shape[2:])
-    if pixels >= 2**31 or (student.shape != teacher.shape and longest > 32767):
-        return f"needs maps below 2^31 pixels, and at most 32767 a side to be resized, got {tuple(student.shape)}"
+    if pixels > 2**30 or (student.shape != teacher.shape and longest > 32767):
+        return f"needs maps of at most 2^30 pixels, and 32767 a side to be resized, got {tuple(student.shape)}"
     return None
 
 
