@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from cpd_fast.errors import ScoreError
+from cpd_fast.score._memory import Fitter
 from cpd_fast.score._moments import Moments
-from cpd_fast.score._parts import BatchLoss
+from cpd_fast.score._parts import BatchLoss, Split
 from cpd_fast.score.criterion import Context, Criterion, quiet
 from cpd_fast.score.hessian import HessianTrace
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores
@@ -22,6 +23,8 @@ def score(
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     criterion: Criterion | None = None,
     plan: PrunePlan | None = None,
+    memory_limit: int | str | None = None,
+    split: Split | None = None,
 ) -> Scores:
     """Importance of every channel of every group, averaged over batches.
 
@@ -38,13 +41,20 @@ def score(
         loss_fn: ``(model, batch) -> scalar loss``, a mean over the batch, with a graph.
         criterion: ``HessianTrace(num_probes=1)`` where ``None``.
         plan: The plan under which ``model`` runs, where masks are attached: removed weights then count for nothing.
+        memory_limit: Most that model, batch and scoring may hold at once, in bytes or as ``"10GiB"``. The largest
+            micro-batches that fit are used, each weighted by its samples, and ``HessianTrace(engine="auto")`` takes the
+            engine that fits; every probe sees all micro-batches, so the scores are those of the undivided batch up to
+            rounding. Needs are predicted on fake tensors. None: batches are never divided.
+        split: ``(batch, n) -> micro-batches of at most n samples`` or pairs ``(micro_batch, share)`` with shares that
+            add up to 1, where the tensors of a batch (alone, or in tuples, lists and dicts) do not share dim 0, or the
+            loss is no mean over samples.
 
     Returns:
         fp32 ``(n_channels,)`` by group name, larger = keep; ``scores.stderr`` where there were two observations.
 
     Raises:
         ScoreError: If there are no batches, the loss is not a finite scalar with a graph, a value is not finite (the
-            parameter is named), or the graph belongs to another model.
+            parameter is named), the graph belongs to another model, or nothing fits into ``memory_limit``.
 
     Example:
         >>> import torch, cpd_fast as cpd
@@ -66,9 +76,14 @@ def score(
         else:
             if batches is None or loss_fn is None:
                 raise ScoreError(f"{type(criterion).__name__} needs batches and loss_fn(model, batch) -> scalar loss")
+            fitter = None if memory_limit is None else Fitter(memory_limit, split)
+            chosen = criterion
             for batch in batches:
+                loss = BatchLoss(loss_fn, seen, batch)
+                if fitter is not None:
+                    chosen, loss = fitter.fit(context, batch, loss_fn, seen, criterion)
                 one = context.moments()
-                for taken, observation in enumerate(criterion.observe(context, BatchLoss(loss_fn, seen, batch)), 1):
+                for taken, observation in enumerate(chosen.observe(context, loss), 1):
                     one.add(observation)
                     if criterion.enough(one, taken):
                         break
