@@ -9,13 +9,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FRAME = {"types", "errors", "describe"}
+FRAME = {"types", "errors", "describe", "adapters"}
 # What each room may import of ours, besides itself. Rooms meet in `types`; the upper floors wire them.
 # The one exception: compact proves its result by tracing it again with comb.
 ROOMS = {
     "types": {"errors", "describe"},
     "describe": {"errors", "types"},  # the latter for its annotations
     "errors": set(),
+    "adapters": set(),
     "ops": {"kernels", "_native", "errors"},
     "kernels": set(),
     "comb": FRAME,

@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 import cpd_fast.comb.rules  # noqa: F401  (fills the rule table)
+from cpd_fast.adapters import adapt, register_adapter
 from cpd_fast.comb.calls import register_rule
 from cpd_fast.comb.labels import LabelStore
 from cpd_fast.comb.meta import clone_to_meta, example_args, has_hooks, tensor_names, unwrap
@@ -20,7 +21,7 @@ from cpd_fast.comb.trace import Tracer, run_trace
 from cpd_fast.errors import CpdError, PlanError, TraceError
 from cpd_fast.types import ChannelGraph, CostTerm, NormSite, ScaleSite, TensorMap, TraceStep
 
-__all__ = ["comb", "register_rule"]
+__all__ = ["comb", "register_adapter", "register_rule"]
 
 
 def comb(
@@ -152,6 +153,7 @@ def _trace(
     strict: frozenset[str],
 ) -> Tracer:
     clone = clone_to_meta(model, hooks=hooks).train(training)
+    adapt(clone)
     ids, _ = tensor_names(clone)
     tracer = Tracer(store, ids, planes, heads, unmasked)
     tracer.on_unknown, tracer.whole_conv_groups, tracer.strict = on_unknown, whole_conv_groups, strict

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cpd_fast.adapters import adapt
 from cpd_fast.comb.meta import clone_to_meta, unwrap
 from cpd_fast.compact.repair import repair, repair_known
 from cpd_fast.compact.replay import Replayer
@@ -85,6 +86,7 @@ def compact(
     cuts = {n: c for n, t in graph.tensors.items() if (c := make_cut(t, alive)) is not None}
     identities, scaled_rows, scales = _kept_scales(graph.scale_sites, alive)
     small = _copy_cut(model, graph, cuts, scaled_rows)
+    adapt(small, lambda name: any(not name or n.startswith(f"{name}.") for n in cuts))
     for hooks in (small._forward_pre_hooks, small._forward_hooks):
         for key in [k for k, h in hooks.items() if getattr(_owner(h), "dropped_by_compaction", False)]:
             del hooks[key]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from cpd_fast.adapters import adapt
 from cpd_fast.comb.calls import Call, constants
 from cpd_fast.comb.labels import LabelCheck
 from cpd_fast.comb.meta import clone_to_meta, tensor_names
@@ -54,6 +55,7 @@ class Replayer:
     def run(self, prepare: Callable[[nn.Module, ReplayTracer], None] | None = None) -> Replay:
         """One label-checked forward on meta tensors, in eval mode; ``prepare`` gets the copy that will run."""
         clone = clone_to_meta(self._model, hooks=self._graph.needs_hooks).eval()
+        adapt(clone)
         ids, _ = tensor_names(clone)
         check = LabelCheck(self._graph.heads)
         tracer = ReplayTracer(check, ids, dict(self._planes), self._graph.heads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from cpd_fast.adapters import adaptable, adapted_forward
 from cpd_fast.errors import PlanError
 from cpd_fast.prune.norms import MASKED
 from cpd_fast.types import ChannelGraph, NormSite, PrunePlan
@@ -33,6 +34,7 @@ class MaskHandle:
         self._places = _places(model, graph)
         self._masks: dict[str, Tensor] = {}
         self._swapped: list[tuple[dict[str, Any], str, Any]] = []
+        self._adapted: list[nn.Module] = []  # modules that run their adapter's forward, during a forward
         self._sites: _NormMode | None = None
         self._running: _NormMode | None = None  # the one that the forward under way has entered
         self._stack_hooks: list[RemovableHandle] = []
@@ -70,6 +72,11 @@ class MaskHandle:
         """
         if self._swapped:
             raise PlanError("the masked model was called inside its own forward; call it once at a time")
+        if self._masks or self._sites is not None:
+            for module in self._model.modules():
+                if adaptable(module):
+                    module.forward = MethodType(adapted_forward(module), module)
+                    self._adapted.append(module)
         for name, mask in self._masks.items():
             places = self._places[name]
             owner, key = places[0]
@@ -96,6 +103,9 @@ class MaskHandle:
         for hook in self._stack_hooks:
             hook.remove()
         self._stack_hooks = []
+        for module in self._adapted:
+            del module.__dict__["forward"]
+        self._adapted = []
         for owner, key, original in self._swapped:
             owner[key] = original
         self._swapped = []

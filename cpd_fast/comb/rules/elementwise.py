@@ -107,9 +107,17 @@ def copy_(t: Tracer, call: Call) -> State:
     return replace(t.state(src) if src.shape == dst.shape else t.meet(dst, src, out=dst), source=None)
 
 
+@register_rule(*(f"aten.{n}_like" for n in "zeros ones full empty rand randn".split()))
+def created_like(t: Tracer, call: Call) -> State:
+    """Values made by the forward, as many as another tensor has."""
+    zero = call.op == "aten.zeros_like"
+    planes = tuple(replace(p, zero=zero) for p in t.state(call.args[0]).planes)
+    varying = {d for p in planes for d in p.dims}
+    return State(planes, frozenset(range(call.out.dim())) - varying)
+
+
 @register_rule(
     *(f"aten.{n}" for n in "zeros ones full empty arange rand randn eye scalar_tensor randperm linspace".split()),
-    *(f"aten.{n}_like" for n in "zeros ones full empty rand randn".split()),
     *(f"aten.new_{n}" for n in "zeros ones full empty empty_strided".split()),
     *(f"aten.{n}" for n in "empty_strided uniform normal zero".split()),
 )

@@ -176,7 +176,7 @@ def grid_sample(t: Tracer, call: Call) -> State:
 def recurrent(t: Tracer, call: Call) -> Any:
     """Recurrent layers keep a list of their weights beside the parameters: they stay whole."""
     for x in tensors_of(call):
-        t.freeze_all(x, "runs through a recurrent layer")
+        t.freeze_all(x, "runs through a recurrent layer, whose gates are rows of one matrix and stay whole")
     return [State() for o in tree_leaves(call.out) if isinstance(o, Tensor)]
 
 
