@@ -1,5 +1,4 @@
 has_cuda: bool
-cuda_archs: str
 
 def supported_isas() -> list[str]: ...
 def current_isa() -> str: ...
@@ -20,3 +19,29 @@ def channel_kl(
     num_threads: int,
 ) -> None: ...
 def scale_rows(dtype: int, grad: int, dstudent: int, outer: int, reduce: int, inner: int, num_threads: int) -> None: ...
+def rademacher(numbers: list[int], seed: int, probe: int, add: bool, alpha: float, num_threads: int) -> None: ...
+def hutchinson_reduce(
+    entries: int,
+    num_entries: int,
+    data: list[int],
+    has_signs: bool,
+    seed: int,
+    probe: int,
+    alpha: float,
+    out: int,
+    is_double: bool,
+    bad: int,
+    num_threads: int,
+) -> None: ...
+def channel_sums(
+    channel_starts: int,
+    cell_ids: int,
+    cell_starts: int,
+    index: int,
+    num_channels: int,
+    x: int,
+    scale: int,
+    out: int,
+    is_double: bool,
+    num_threads: int,
+) -> None: ...

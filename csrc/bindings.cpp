@@ -1,4 +1,5 @@
-// cpd_fast._native: raw pointers, sizes and a stream number in; cpd_fast/ops/_dispatch.py is the only caller.
+// cpd_fast._native: raw pointers, sizes and a stream number in; cpd_fast/ops/_dispatch.py and _probe_kernels.py are the
+// only callers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +11,8 @@
 #include "dispatch.h"
 
 namespace py = pybind11;
+
+void bind_hutchinson(py::module_& m);  // bindings_hutchinson.cpp
 
 namespace {
 
@@ -134,10 +137,8 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of cpd_fast on raw pointers.";
 #ifdef CPD_WITH_CUDA
   m.attr("has_cuda") = true;
-  m.attr("cuda_archs") = CPD_ARCHS_TEXT;
 #else
   m.attr("has_cuda") = false;
-  m.attr("cuda_archs") = "";
 #endif
   m.def("supported_isas", &cpd::supported_isas);
   m.def("current_isa", &cpd::current_isa);
@@ -146,6 +147,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("channel_kl", &channel_kl, no_gil);
   m.def("scale_rows", &scale_rows, no_gil);
   m.def("resized_kl", &resized_kl, no_gil);
+  bind_hutchinson(m);
 #ifdef CPD_WITH_CUDA
   m.def("channel_kl_cuda", &channel_kl_cuda, no_gil);
   m.def("channel_kl_cuda_scratch", [](int dtype, int64_t outer, int64_t reduce, int64_t inner) {

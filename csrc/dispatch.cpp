@@ -6,9 +6,13 @@
 #include <stdexcept>
 
 #include "channel_kl.h"
+#include "hutchinson.h"
 
 // Each op names its bodies once here; a new op adds one line to each of the two lists.
-#define CPD_FOR_EACH_OP(X) X(channel_kl, ChannelKl) X(scale_rows, ScaleRows) X(resized_kl, ResizedKl)
+#define CPD_FOR_EACH_OP(X) \
+  X(channel_kl, ChannelKl) \
+  X(scale_rows, ScaleRows) \
+  X(resized_kl, ResizedKl) X(rademacher, Rademacher) X(hutchinson_reduce, HutchinsonReduce) X(channel_sums, ChannelSums)
 
 namespace cpd {
 

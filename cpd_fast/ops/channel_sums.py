@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cpd_fast.errors import ShapeError
-from cpd_fast.ops.rademacher import _only_reference
+from cpd_fast.ops import _dispatch, _probe_kernels
 
 
 class ChannelTable:
@@ -28,6 +28,9 @@ class ChannelTable:
 
     Attributes:
         n_cells: How many cells.
+        csr: What kernels read, int64: where each channel's cells begin, which these are, where each cell's positions
+            begin, the positions.
+        flat: The same in one level: where each channel's positions begin, the positions, the cell of each.
 
     Raises:
         ShapeError: If a run names a channel or position that there is not.
@@ -63,12 +66,34 @@ class ChannelTable:
         counts = [len(index) for _, index in runs]
         self._starts = [0, *accumulate(counts)]
         self.n_cells = self._starts[-1]
-        self._runs = [(first, torch.from_numpy(index).to(self.device, torch.int64)) for first, index in runs]
+        channel_starts, cell_ids, cell_starts, positions = _csr(n_channels, runs)
+        self.csr = tuple(x.to(self.device) for x in (channel_starts, cell_ids, cell_starts, positions))
+        sizes = cell_starts.diff()[cell_ids]
+        cells = torch.repeat_interleave(cell_ids, sizes)
+        offsets = torch.arange(len(cells)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])[channel_starts]
+        flat = (starts, positions[cell_starts[cells] + offsets], cells)
+        self.flat = tuple(x.to(self.device) for x in flat)
+        self._runs = [(first, torch.from_numpy(own).to(self.device, torch.int64)) for first, own in runs]
 
     def cells(self, vector: Tensor) -> Tensor:
         """The sum that each channel owns of each run, ``(n_cells,)``, in plain PyTorch."""
         parts = [vector[index].sum(1) for _, index in self._runs]
         return torch.cat([vector.new_zeros(0), *parts])
+
+
+def _csr(n_channels: int, runs: Sequence[tuple[int, np.ndarray]]) -> tuple[Tensor, ...]:
+    nothing = np.zeros(0, np.int64)
+    owner = np.concatenate([nothing, *(np.arange(first, first + len(index)) for first, index in runs)])
+    sizes = np.concatenate([nothing, *(np.full(len(index), index.shape[1]) for _, index in runs)])
+    counts = np.bincount(owner, minlength=n_channels)
+    tables = (
+        np.concatenate([[0], np.cumsum(counts)]),
+        np.argsort(owner, kind="stable"),
+        np.concatenate([[0], np.cumsum(sizes)]),
+        np.concatenate([nothing, *(index.reshape(-1) for _, index in runs)]),
+    )
+    return tuple(torch.from_numpy(np.ascontiguousarray(t, dtype=np.int64)) for t in tables)
 
 
 def channel_sums(
@@ -99,8 +124,11 @@ def channel_sums(
             )
         if x.device != table.device:
             raise ShapeError(f"channel_sums: {name} must be on the table's device {table.device}, got {x.device}")
-    _only_reference("channel_sums", backend)
-    return _reference(table, vector, scale)
+    chosen = _dispatch.choose("channel_sums", vector, backend)
+    watched = backend is None and _dispatch.is_watched(vector)
+    if chosen == "reference" or watched:
+        return _reference(table, vector, scale)
+    return _probe_kernels.channel_sums(chosen, table, vector, scale)
 
 
 def _reference(table: ChannelTable, vector: Tensor, scale: Tensor | None) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cpd_fast.errors import ShapeError
-from cpd_fast.ops import _dispatch, _philox
-from cpd_fast.ops.rademacher import LIBRARY, _only_reference, reference
+from cpd_fast.ops import _dispatch, _gpu_table, _philox, _probe_kernels
+from cpd_fast.ops.rademacher import LIBRARY, reference
 
 Values = Sequence[Tensor | None] | Mapping[int, Tensor | None]
 _ABSENT = -1
@@ -36,7 +36,85 @@ class _Expected:
 
     shape: torch.Size
     dtype: torch.dtype
-    is_last: bool  # channels last in memory: dim 1 runs fastest
+    last: tuple[int, int]  # (channels, inner) where dim 1 runs fastest in memory, else (0, 0)
+    memory_format: torch.memory_format
+
+    @classmethod
+    def of(cls, t: Tensor) -> _Expected:
+        last = _probe_kernels.memory_of(t)
+        is_last = last is not None and last != (0, 0)
+        form = {4: torch.channels_last, 5: torch.channels_last_3d}[t.dim()] if is_last else torch.contiguous_format
+        return cls(t.shape, t.dtype, last if last is not None else (0, 0), form)
+
+
+class EntryTable:
+    """The entries as a kernel reads them: int64 ``(len(entries), 10)``, fields as in ``csrc/hutchinson.h``."""
+
+    def __init__(
+        self, entries: Sequence[Entry], expected: Mapping[int, _Expected], n_tensors: int, device: torch.device
+    ) -> None:
+        self.entries, self.expected, self.n_tensors, self.device = entries, expected, n_tensors, device
+        rows = [(*e, _dispatch.DTYPE_CODES[expected[e.tensor].dtype], *expected[e.tensor].last) for e in entries]
+        self.numbers = torch.tensor(rows, dtype=torch.int64).reshape(-1, len(Entry._fields) + 3)
+        self._parts: dict[int, EntryTable] = {}
+        self._owner: Tensor | None = None
+        self._gpu: tuple[Tensor, ...] | None = None
+        self._starts: list[int] = []
+        self._for_triton: tuple[_gpu_table.TritonTable, Tensor] | None = None
+        self._ranges: dict[int, tuple[int, int]] = {}
+        for at, e in enumerate(entries):
+            self._ranges[e.tensor] = (self._ranges.get(e.tensor, (at, 0))[0], at + 1)
+
+    def part(self, tensor: int) -> EntryTable:
+        """The table of one tensor's entries."""
+        if tensor not in self._parts:
+            first, last = self._ranges.get(tensor, (0, 0))
+            self._parts[tensor] = EntryTable(self.entries[first:last], self.expected, self.n_tensors, self.device)
+        return self._parts[tensor]
+
+    def owner(self, n_out: int) -> Tensor:
+        """Which tensor each entry of the result is of, int64 ``(n_out,)``; 0 where no entry goes."""
+        if self._owner is None:
+            owner = torch.zeros(n_out, dtype=torch.int64)
+            for e in self.entries:
+                for start, size in ((e.row_start, e.rows), (e.column_start, e.channels)):
+                    if start != _ABSENT:
+                        owner[start : start + size] = e.tensor
+            self._owner = owner.to(self.device)
+        return self._owner
+
+    def on_gpu(self, first: int, last: int) -> list[int]:
+        """The table of the CUDA body for entries [first, last): eight numbers, as in ``csrc/hutchinson.h``."""
+        if self._gpu is None:
+            wide = [self.expected[e.tensor].dtype == torch.float64 for e in self.entries]
+            made = _gpu_table.cut(self.entries, wide)
+            out = torch.float64 if any(wide) else torch.float32
+            self._gpu = (
+                *(x.to(self.device) for x in (self.numbers, made.items, made.entry_starts)),
+                made.tensors,
+                torch.empty(made.n_partials, dtype=out, device=self.device),
+                torch.zeros(len(self.entries), dtype=torch.int32, device=self.device),
+            )
+            self._starts = made.entry_starts.tolist()
+        begin, end = self._starts[first], self._starts[last]
+        *tables, partials, arrived = (x.data_ptr() for x in self._gpu)
+        return [*tables, begin, end - begin, partials, arrived]
+
+    def for_triton(self, n_out: int) -> tuple[_gpu_table.TritonTable, Tensor]:
+        """The table of the Triton body, and the entries on its device."""
+        if self._for_triton is None:
+            made = _gpu_table.triton_table(self.entries, self.numbers, n_out)
+            classes = [c._replace(items=c.items.to(self.device)) for c in made.classes]
+            starts, positions = made.starts.to(self.device), made.positions.to(self.device)
+            made = made._replace(classes=classes, starts=starts, positions=positions)
+            self._for_triton = made, self.numbers.to(self.device)
+        return self._for_triton
+
+    def range_of(self, tensors: Mapping[int, Tensor]) -> tuple[int, int]:
+        """Where the entries of these tensors lie: of one tensor they are neighbours."""
+        if len(tensors) == 1:
+            return self._ranges.get(next(iter(tensors)), (0, 0))
+        return 0, len(self.entries)
 
 
 class ReduceTable:
@@ -57,7 +135,7 @@ class ReduceTable:
         n_out: Length of the result.
         owner: Which tensor each entry of the result is of: int64 ``(n_out,)``.
         dtype: Of the result: fp64 if a tensor is, else fp32.
-        bad: uint8 ``(len(tensors),)`` on the tensors' device: 1 where a sum of that tensor was not finite, ever since
+        bad: int32 ``(len(tensors),)`` on the tensors' device: 1 where a sum of that tensor was not finite, ever since
             it was last set to zero. Nothing waits for the device.
 
     Raises:
@@ -91,7 +169,7 @@ class ReduceTable:
         if len(self.ids) != len(tensors):
             raise ShapeError(f"ReduceTable: expected one id a tensor, got {len(self.ids)} for {len(tensors)} tensors")
         _philox.check_counter("ReduceTable", 0, 0, self.ids)
-        self.expected = [_Expected(t.shape, t.dtype, _is_channels_last(t)) for t in tensors]
+        self.expected = [_Expected.of(t) for t in tensors]
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         self.starts: list[int] = []
         sizes: list[int] = []
@@ -106,9 +184,10 @@ class ReduceTable:
             self.starts.append(self.n_out)
             self.n_out += sizes[-1]
         self.entries, self.others = _entries(self, pieces)
+        self.kernel = EntryTable(self.entries, dict(enumerate(self.expected)), len(tensors), self.device)
         owners = [torch.full((n,), i) for (i, _), n in zip(pieces, sizes, strict=True)]
         self.owner = torch.cat([torch.zeros(0, dtype=torch.int64), *owners]).to(self.device)
-        self.bad = torch.zeros(len(tensors), dtype=torch.uint8, device=self.device)
+        self.bad = torch.zeros(len(tensors), dtype=torch.int32, device=self.device)
 
     def check(self, op: str, values: Values) -> dict[int, Tensor]:
         """The values that are there, by position, in the memory layout of the table's tensors.
@@ -134,11 +213,6 @@ class ReduceTable:
                 )
             found[i] = value
         return found
-
-
-def _is_channels_last(t: Tensor) -> bool:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
-    return last is not None and not t.is_contiguous() and t.is_contiguous(memory_format=last)
 
 
 def _entries(
@@ -278,16 +352,19 @@ def _reduce(
     if not found:
         return out
     watched = backend is None and _dispatch.is_watched(*found.values())
-    _only_reference(op, backend)
-    sums = _call_registered(table, found, counter) if watched else reference_sums(table, found, counter)
+    chosen = "reference" if watched else _dispatch.choose(op, out, backend)
+    if chosen != "reference":
+        _probe_kernels.hutchinson_reduce(chosen, table.kernel, found, counter, out, alpha, table.bad)
+        if not table.others:
+            return out
+        sums = torch.zeros_like(out)
+    elif watched:
+        sums = _call_registered(table, found, counter)
+    else:
+        sums = _sums_of_entries(table.entries, found, counter, table.n_out, table.dtype, table.device)
     _add_others(table, found, counter, sums, watched)
-    _note_bad(table, sums)
+    table.bad.scatter_reduce_(0, table.owner, (~torch.isfinite(sums)).to(torch.int32), "amax")
     return out.add_(sums, alpha=alpha)
-
-
-def reference_sums(table: ReduceTable, values: Mapping[int, Tensor], counter: Counter) -> Tensor:
-    """The sums in plain PyTorch, for the pieces that kernels make: ``(n_out,)``, zero elsewhere."""
-    return _sums_of_entries(table.entries, values, counter, table.n_out, table.dtype, table.device)
 
 
 def _sums_of_entries(
@@ -332,10 +409,6 @@ def _add_others(
             sums[start : start + part.numel()] += part
 
 
-def _note_bad(table: ReduceTable, sums: Tensor) -> None:
-    table.bad.scatter_reduce_(0, table.owner, (~torch.isfinite(sums)).to(torch.uint8), "amax")
-
-
 # -------------------------------------------------------------------------------------------------------- registration
 
 
@@ -365,6 +438,16 @@ def _op(
     found = {i: v for i, v in enumerate(values) if v is not None}
     counter = None if seed is None else (seed, probe)
     rows = [Entry(*entries[i : i + size]) for i in range(0, len(entries), size)]
+    if (
+        found
+        and (chosen := _dispatch.choose("hutchinson_reduce", torch.empty(0, dtype=dtype, device=device))) != "reference"
+    ):
+        expected = {i: _Expected.of(v) for i, v in found.items()}
+        table = EntryTable([e for e in rows if e.tensor in found], expected, len(values), device)
+        out = torch.zeros(n_out, dtype=dtype, device=device)
+        bad = torch.zeros(len(values), dtype=torch.int32, device=device)
+        _probe_kernels.hutchinson_reduce(chosen, table, found, counter, out, 1.0, bad)
+        return out
     return _sums_of_entries(rows, found, counter, n_out, dtype, device)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpd_fast.errors import BackendError, ShapeError
-from cpd_fast.ops import _dispatch, _philox
+from cpd_fast.errors import ShapeError
+from cpd_fast.ops import _dispatch, _philox, _probe_kernels
 
 LIBRARY = torch.library.Library("cpd_fast", "FRAGMENT")
 
@@ -46,8 +46,7 @@ def rademacher(like: Tensor, seed: int, probe: int, tensor: int, *, backend: str
     _check_floating("rademacher", [like])
     if backend is None and _dispatch.is_watched(like):
         return torch.ops.cpd_fast.rademacher(like.detach(), seed, probe, tensor)
-    _only_reference("rademacher", backend)
-    return reference(like, seed, probe, tensor)
+    return _make(_dispatch.choose("rademacher", like, backend), like, seed, probe, tensor)
 
 
 def fill_rademacher_(
@@ -128,14 +127,12 @@ def reference(like: Tensor, seed: int, probe: int, tensor: int) -> Tensor:
     return torch.empty_like(like, requires_grad=False).copy_(flat.view(like.shape))
 
 
-def _only_reference(op: str, backend: str | None) -> None:
-    """Refuse bodies that there are none of.
-
-    Raises:
-        BackendError: If another than the reference is asked for.
-    """
-    if backend not in (None, "reference"):
-        raise BackendError(f"{op}: backend {backend!r} has no body; choose reference")
+def _make(chosen: str, like: Tensor, seed: int, probe: int, tensor: int) -> Tensor:
+    if chosen == "reference":
+        return reference(like, seed, probe, tensor)
+    out = torch.empty_like(like, requires_grad=False)
+    _probe_kernels.rademacher(chosen, [out], None, seed, probe, [tensor])
+    return out
 
 
 def _apply(
@@ -162,7 +159,10 @@ def _apply(
         return
     data = [t.data for t in tensors]  # .data: no new version
     watched = backend is None and _dispatch.is_watched(*tensors)
-    _only_reference(op, backend)
+    chosen = "reference" if watched else _dispatch.choose(op, tensors[0], backend)
+    if chosen != "reference":
+        _probe_kernels.rademacher(chosen, data, alpha, seed, probe, ids)
+        return
     make = torch.ops.cpd_fast.rademacher if watched else reference
     for x, i in zip(data, ids, strict=True):
         v = make(x, seed, probe, i)
@@ -190,7 +190,7 @@ def _check_floating(op: str, tensors: Sequence[Tensor]) -> None:
 
 
 def _op(like: Tensor, seed: int, probe: int, tensor: int) -> Tensor:
-    return reference(like, seed, probe, tensor)
+    return _make(_dispatch.choose("rademacher", like), like, seed, probe, tensor)
 
 
 LIBRARY.define("rademacher(Tensor like, int seed, int probe, int tensor) -> Tensor")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpd_fast.ops import rademacher
+from cpd_fast.ops import fill_rademacher_, rademacher
 
 _PROBES_OF_A_RANK = 2**20
 
@@ -44,6 +46,10 @@ class Probes:
     def set_state(self, state: tuple[int | None, int]) -> None:
         """Continue another stream."""
         self._seed, self._next = state
+
+    def fill(self, tensors: Sequence[Tensor], probe: int, numbers: Sequence[int]) -> None:
+        """Write the signs of these numbers of tensors into them."""
+        fill_rademacher_(tensors, self.seed, probe, ids=numbers)
 
     def signs(self, like: Tensor, probe: int, tensor: int) -> Tensor:
         """Signs shaped, typed and laid out like ``like``."""

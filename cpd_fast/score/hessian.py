@@ -216,14 +216,17 @@ def _one_graph(context: Context, part: Part, probes: range, loss_scale: float) -
         if not context.graph_is_checked:
             refuse_dead_ends(list(active.values()))
             context.graph_is_checked = True
+        # Memory for one probe, written anew for each: fresh memory would cost more than the signs.
+        signs = [torch.empty_like(tensors[i], requires_grad=False) for i in active]
         for k in probes:
             if not active:
                 yield torch.zeros(layout.n_pieces, dtype=layout.dtype, device=layout.device)
                 continue
+            context.probes.fill(signs, k, list(active))
             hv = torch.autograd.grad(
                 list(active.values()),
                 tensors,
-                [context.probes.signs(tensors[i].detach(), k, i) for i in active],
+                signs,
                 retain_graph=k != probes[-1],
                 allow_unused=True,
             )

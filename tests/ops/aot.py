@@ -22,7 +22,7 @@ INTEGERS = (
 )
 FLOATS = "log2e_over_t loss_scale grad_scale"
 INPUTS = ("student_ptr", "teacher_ptr", "dstudent_ptr")  # of the tensors' dtype; other pointers are fp32
-ALIGNED = ("reduce", "inner", "w", "student_w", "teacher_w")  # multiples of 16
+ALIGNED = ("reduce", "inner", "w", "student_w", "teacher_w", "numel")  # multiples of 16
 
 
 def cuobjdump() -> Path:
@@ -38,16 +38,21 @@ def stack_bytes(binary: Path) -> list[int]:
 
 
 def compile_kernel(
-    kernel: Any, kind: str, constants: dict[str, Any], options: dict[str, Any], wide: str = "ld st"
+    kernel: Any,
+    kind: str,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    wide: str = "ld st",
+    types: dict[str, str] | None = None,
 ) -> None:
-    """Compile for every architecture; ``wide`` names what must be vectorised."""
+    """Compile for every architecture; ``wide`` names what must be vectorised, ``types`` those of other arguments."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = dict.fromkeys(INTEGERS.split(), "i32") | dict.fromkeys(FLOATS.split(), "fp32")
+    given, types = types, dict.fromkeys(INTEGERS.split(), "i32") | dict.fromkeys(FLOATS.split(), "fp32")
     types |= {n: f"*{kind if n in INPUTS else 'fp32'}" for n in kernel.arg_names if n.endswith("_ptr")}
-    types |= dict.fromkeys(constants, "constexpr")
+    types |= (given or {}) | dict.fromkeys(constants, "constexpr")
     signature = {n: types[n] for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n.endswith("_ptr") or n in ALIGNED}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
@@ -130,6 +135,62 @@ def resized_kl_gather_kernel(kind: str) -> None:
         )
 
 
+HUTCHINSON_TYPES = {
+    "addresses_ptr": "*i64",
+    "entries_ptr": "*i64",
+    "items_ptr": "*i64",
+    "partials_ptr": "*fp32",
+    "seed": "i64",
+    "probe": "i32",
+    "tensor": "i32",
+    "alpha": "fp32",
+    "numel": "i64",
+    "channels": "i32",
+    "inner": "i32",
+    "starts_ptr": "*i64",
+    "index_ptr": "*i64",
+    "cells_ptr": "*i64",
+    "x_ptr": "*fp32",
+    "scale_ptr": "*fp32",
+    "owners_ptr": "*i64",
+    "bad_ptr": "*i32",
+    "n_out": "i32",
+}
+
+
+def rademacher_kernel(kind: str) -> None:
+    from cpd_fast.kernels.hutchinson import FILL_BLOCK, rademacher_kernel
+
+    types = HUTCHINSON_TYPES | {"out_ptr": f"*{kind}"}
+    for add, is_last in ((False, False), (True, False), (True, True)):
+        constants = {"ADD": add, "IS_LAST": is_last, "BLOCK": FILL_BLOCK}
+        compile_kernel(rademacher_kernel, kind, constants, {"num_warps": 8}, wide="" if is_last else "st", types=types)
+
+
+def reduce_kernel(kind: str) -> None:
+    from cpd_fast.kernels.hutchinson import TRITON_TYPES, reduce_config, reduce_kernel
+
+    for width, has_signs, has_columns, is_last in ((32, True, False, False), (1024, True, True, False)) + (
+        (128, False, True, True),
+    ):
+        config = reduce_config(width)
+        options = {"num_warps": config.pop("num_warps")}
+        constants = {"HAS_SIGNS": has_signs, "HAS_COLUMNS": has_columns, "IS_LAST": is_last}
+        constants["DTYPE"] = TRITON_TYPES[0 if kind == "fp32" else 2]
+        compile_kernel(reduce_kernel, kind, constants | config, options, wide="", types=HUTCHINSON_TYPES)
+
+
+def segment_sums_kernel(kind: str) -> None:
+    from cpd_fast.kernels.hutchinson import SEGMENT_BLOCK, segment_sums_kernel
+
+    if kind != "fp32":
+        return  # sums are fp32, whatever the tensors
+    types = HUTCHINSON_TYPES | {"out_ptr": "*fp32"}
+    for has_scale in (False, True):
+        constants = {"HAS_SCALE": has_scale, "ADD": not has_scale, "BLOCK": SEGMENT_BLOCK}
+        compile_kernel(segment_sums_kernel, kind, constants, {"num_warps": 4}, wide="", types=types)
+
+
 KERNELS: dict[str, Callable[[str], None]] = {
     f.__name__: f
     for f in (
@@ -140,6 +201,9 @@ KERNELS: dict[str, Callable[[str], None]] = {
         resized_kl_map_kernel,
         resized_kl_pixel_kernel,
         resized_kl_gather_kernel,
+        rademacher_kernel,
+        reduce_kernel,
+        segment_sums_kernel,
     )
 }
 

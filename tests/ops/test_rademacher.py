@@ -11,7 +11,7 @@ from cpd_fast.errors import BackendError, ShapeError
 from cpd_fast.ops import _philox, fill_rademacher_, perturb_, rademacher
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "cpu", "triton"]
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, output.
 PUBLISHED = [
