@@ -1,161 +1,321 @@
-"""Hessian-trace scoring against what PyHessian and HAP do, and the first-order criteria against a training step.
+"""Scoring against PyHessian (PyPI) and HAP's loop, a probe at a time, and first-order criteria against a training step.
 
-Run: ``pytest bench/bench_score.py --benchmark-enable --benchmark-only -m "slow or not slow"``. Every provider of a
-group does the same work: one forward and backward with graph, then PROBES Hessian-vector products and their
-reduction to channels. The anchors are re-creations: PyHessian's ``hessian.trace`` (masked Rademacher, one ``.item()``
-a probe) and HAP's ``get_trace_hut`` (one ``.dot().item()`` a channel).
+Run: ``python -m bench.bench_score [--json FILE] [WORKLOAD ...]``; ``pytest bench/bench_score.py`` checks that all
+providers of one workload run and that the engines agree. Times are process CPU time on one thread, minima over rounds,
+all of a workload in one process and in turns. Providers of a probe have their graph at hand; the graph is timed alone.
+
+HAP is re-created from its published code (``get_trace_hut``): H v and v are copied to the CPU, one ``.dot().item()`` a
+channel. PyHessian runs as it is, with attention in its explicit form (its fused form has no double backward).
 """
 
 from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import platform
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import conftest  # noqa: F401  (lets a CUDA build of torchvision import beside a CPU torch)
 import cpd_fast as cpd
 from cpd_fast.score import Context, quiet
-from cpd_fast.score._conv import DoubleDifferentiable
-from cpd_fast.score.hessian import _probe
+from cpd_fast.score._double import double_differentiable
+from cpd_fast.score._finite import Differences
+from cpd_fast.score._parts import BatchLoss
 
-PROBES = 2
 WORKLOADS = {  # name: (model, batch, pixels); small enough for one core, so that side work shows
-    "resnet18": ("resnet18", 8, 64),
     "mobilenetv2": ("mobilenetv2_100", 4, 64),
-    "resnet50": ("resnet50", 2, 112),
+    "resnet18": ("resnet18", 8, 64),
     "resnext50": ("resnext50_32x4d", 2, 64),
     "deit_s": ("deit_small_patch16_224", 2, 112),
+    "resnet50": ("resnet50", 2, 112),
 }
-ORDINARY = {"mobilenetv2"}  # the others only where they are asked for
-workloads = pytest.mark.parametrize(
-    "workload", [pytest.param(w, marks=() if w in ORDINARY else pytest.mark.slow) for w in WORKLOADS]
-)
+CALLS, PASSES = 3, 3  # timed calls of each provider in a row, and how often that is repeated
+SPREAD_PROBES = 8
+PRECISION = 0.1  # relative error that "time to 10 %" means
 
 
-@pytest.fixture(scope="module")
-def made():
-    try:
-        import timm
-    except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision built for another torch
-        pytest.skip(f"timm does not load: {e}")
-    cache = {}
-
-    def make(workload):
-        if workload not in cache:
-            cache.clear()
-            name, n, pixels = WORKLOADS[workload]
-            torch.manual_seed(0)
-            model = timm.create_model(name, **({"img_size": pixels} if "deit" in name else {})).eval()
-            batch = (torch.randn(n, 3, pixels, pixels), torch.randint(1000, (n,)))
-            cache[workload] = (model, cpd.comb(model, batch[0]), batch)
-        return cache[workload]
-
-    return make
+def make(name):
+    timm = pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
+    model_name, n, pixels = WORKLOADS[name]
+    torch.manual_seed(0)
+    model = timm.create_model(model_name, **({"img_size": pixels} if "deit" in model_name else {})).eval()
+    batch = (torch.randn(n, 3, pixels, pixels), torch.randint(1000, (n,)))
+    return model, cpd.comb(model, batch[0]), batch
 
 
 def loss_fn(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+def clock(call):
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+# ------------------------------------------------------------------------------------- a probe, graph at hand
+# Each provider is a generator: it prepares, then yields a function that does the work of one probe.
+def training_step(model, graph, batch):
+    yield lambda: torch.autograd.grad(loss_fn(model, batch), list(model.parameters()))
+
+
 def ours(model, graph, batch):
-    cpd.score(model, graph, [batch], loss_fn, cpd.HessianTrace(PROBES))
+    """Product, probe, reduction to channels and scores: all that a probe more costs."""
+    context = Context(model, graph)
+    criterion = cpd.HessianTrace(2 + CALLS, engine="retained")
+    with quiet(context):
+        observations = criterion.observe(context, BatchLoss(loss_fn, model, batch))
+        next(observations)
+        yield lambda: next(observations)
 
 
-def finite_difference(model, graph, batch):
-    cpd.score(model, graph, [batch], loss_fn, cpd.HessianTrace(PROBES, engine="finite_difference"))
+def product_alone(model, graph, batch):
+    context = Context(model, graph)
+    with quiet(context):
+        with double_differentiable():
+            loss = loss_fn(model, batch)
+        grads = torch.autograd.grad(loss, context.tensors, create_graph=True)
+        v = [context.probes.signs(t.detach(), 0, i) for i, t in enumerate(context.tensors)]
+        yield lambda: torch.autograd.grad(grads, context.tensors, v, retain_graph=True, allow_unused=True)
 
 
-def pyhessian(model, graph, batch):
-    params = [p for p in model.parameters() if p.requires_grad]
+def builtin_product(model, graph, batch):
+    """The same product through PyTorch's own convolution double backward."""
+    params = list(model.parameters())
     with sdpa_kernel(SDPBackend.MATH):
         loss = loss_fn(model, batch)
     grads = torch.autograd.grad(loss, params, create_graph=True)
-    traces = []
-    for _ in range(PROBES):
-        v = [torch.randint_like(p, high=2) for p in params]
-        for z in v:
-            z[z == 0] = -1
-        hv = torch.autograd.grad(grads, params, grad_outputs=v, retain_graph=True)
-        traces.append(sum(torch.sum(x * y) for x, y in zip(hv, v, strict=True)).cpu().item())
+    v = [torch.ones_like(p) for p in params]
+    yield lambda: torch.autograd.grad(grads, params, v, retain_graph=True)
+
+
+def finite_difference(model, graph, batch):
+    context = Context(model, graph)
+    with quiet(context):
+        differences = Differences(context, BatchLoss(loss_fn, model, batch).parts)
+        products = differences.products(range(1 + CALLS), 1e-4)
+        next(products)  # the gradient where the parameters are, once a batch
+        yield lambda: next(products)
+
+
+def gate_hessian(model, graph, batch):
+    context = Context(model, graph)
+    with quiet(context):
+        observations = cpd.GateHessian(2 + CALLS).observe(context, BatchLoss(loss_fn, model, batch))
+        next(observations)
+        yield lambda: next(observations)
+
+
+def pyhessian(model, graph, batch):
+    from pyhessian import hessian
+
+    model = copy.deepcopy(model)  # it leaves .grad with graphs behind
+    with sdpa_kernel(SDPBackend.MATH):
+        computer = hessian(model, F.cross_entropy, data=batch, cuda=False)
+    yield lambda: computer.trace(maxIter=1)
+    for p in model.parameters():
+        p.grad = None
 
 
 def hap(model, graph, batch):
-    params = [p for p in model.parameters() if p.requires_grad and p.dim() in (2, 4)]
+    params = [p for p in model.parameters() if p.dim() in (2, 4)]
     with sdpa_kernel(SDPBackend.MATH):
         loss = loss_fn(model, batch)
     grads = torch.autograd.grad(loss, params, create_graph=True)
     traces = [[0.0] * len(p) for p in params]
-    for _ in range(PROBES):
-        v = [torch.randint_like(p, high=2) * 2 - 1 for p in params]
+
+    def probe():
+        v = [torch.randint_like(p, high=2) for p in params]
+        for z in v:
+            z[z == 0] = -1
         hv = torch.autograd.grad(grads, params, grad_outputs=v, retain_graph=True)
         hv, v = [h.detach().cpu() for h in hv], [z.detach().cpu() for z in v]
         for i, (h, z) in enumerate(zip(hv, v, strict=True)):
             for c in range(len(h)):
                 traces[i][c] += h[c].flatten().dot(z[c].flatten()).item()
 
-
-def training_step(model, graph, batch):
-    torch.autograd.grad(loss_fn(model, batch), list(model.parameters()))
+    yield probe
 
 
-def first_order(criterion):
-    return lambda model, graph, batch: cpd.score(model, graph, [batch], loss_fn, criterion)
-
-
-SECOND_ORDER = {
+PROBES = {
+    "training_step": training_step,
     "cpd_fast": ours,
+    "product_alone": product_alone,
+    "builtin_product": builtin_product,
     "finite_difference": finite_difference,
+    "gate_hessian": gate_hessian,
     "pyhessian": pyhessian,
     "hap": hap,
-    "training_step": training_step,
-}
-FIRST_ORDER = {
-    "taylor": first_order(cpd.Taylor()),
-    "group_fisher": first_order(cpd.GroupFisher()),
-    "magnitude": first_order(cpd.Magnitude()),
-    "training_step": training_step,
 }
 
 
-def check(model, graph, batch):
-    """One probe by our engine and by PyTorch's own double backward: the same Hessian-vector product and row sums."""
+def milliseconds(providers, args, calls=CALLS, passes=PASSES):
+    """Least CPU time of a call of each provider, which take turns."""
+    best = dict.fromkeys(providers, float("inf"))
+    for _ in range(passes):
+        for name, provider in providers.items():
+            steps = provider(*args)
+            call = next(steps)
+            best[name] = min(best[name], *(1e3 * clock(call) for _ in range(calls)))
+            next(steps, None)
+            del steps, call
+            gc.collect()
+    return best
+
+
+def spread_of_one_probe(model, graph, batch, criterion):
+    """Sum of the standard deviations of one probe over the sum of the magnitudes of the means."""
+    scores = cpd.score(model, graph, [batch], loss_fn, criterion)
+    deviation = sum(float(s.sum()) for s in scores.stderr.values()) * criterion.num_probes**0.5
+    return deviation / sum(float(v.abs().sum()) for v in scores.values())
+
+
+def allocator_peak(call):
+    """Most bytes that PyTorch's CPU allocator had given out at once, by its own profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    live = peak = 0
+    for e in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if e.name() == "[memory]":
+            live += e.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def measure(name):
+    model, graph, batch = make(name)
+    ms = milliseconds(PROBES, (model, graph, batch))
+    step = ms["training_step"]
+    spread = spread_of_one_probe(model, graph, batch, cpd.HessianTrace(SPREAD_PROBES, engine="retained"))
+    gates = spread_of_one_probe(model, graph, batch, cpd.GateHessian(SPREAD_PROBES))
+    resident = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers(), *batch])
+    moved = cpd.HessianTrace(1, engine="finite_difference", step=1e-4)
+    peaks = {
+        "training_step": allocator_peak(lambda: next(training_step(model, graph, batch))()),
+        "finite_difference": allocator_peak(lambda: cpd.score(model, graph, [batch], loss_fn, moved)),
+    }
+    return {
+        "batch": list(batch[0].shape),
+        "ms": ms,
+        "product_over_step": ms["product_alone"] / step,
+        "side_work_share": (ms["cpd_fast"] - ms["product_alone"]) / ms["cpd_fast"],
+        "finite_difference_over_step": ms["finite_difference"] / step,
+        "finite_difference_memory_over_step": (resident + peaks["finite_difference"])
+        / (resident + peaks["training_step"]),
+        "pyhessian_over_ours": ms["pyhessian"] / ms["cpd_fast"],
+        "hap_over_ours": ms["hap"] / ms["cpd_fast"],
+        "spread_of_one_probe": spread,
+        "spread_of_one_gate_probe": gates,
+        "seconds_to_10_percent": {
+            k: ms[k] / 1e3 * (s / PRECISION) ** 2
+            for k, s in (
+                ("cpd_fast", spread),
+                ("finite_difference", spread),
+                ("pyhessian", spread),
+                ("hap", spread),
+                ("gate_hessian", gates),
+            )
+        },
+    }
+
+
+# ------------------------------------------------------------------------------------------ per-sample Fisher
+def score_with(criterion):
+    def provider(model, graph, batch):
+        yield lambda: cpd.score(model, graph, [batch], loss_fn, criterion)
+
+    return provider
+
+
+def torch_pruning_hessian(model, graph, batch):
+    """GroupHessianImportance as its docstring shows: one backward a sample."""
+    import torch_pruning as tp
+
+    model = copy.deepcopy(model)
+
+    def all_samples():
+        importance = tp.importance.GroupHessianImportance()
+        for loss in F.cross_entropy(model(batch[0]), batch[1], reduction="none"):
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            importance.accumulate_grad(model)
+
+    yield all_samples
+
+
+FISHER = {
+    "training_step": training_step,
+    "taylor": score_with(cpd.Taylor()),
+    "group_fisher": score_with(cpd.GroupFisher()),
+    "gate_hessian_1_probe": score_with(cpd.GateHessian()),
+}
+
+
+def measure_fisher(n=32, pixels=64):
+    WORKLOADS["fisher"] = ("resnet50", n, pixels)
+    args = make("fisher")
+    ms = milliseconds(FISHER, args, calls=1)
+    ms |= milliseconds({"torch_pruning_group_hessian": torch_pruning_hessian}, args, calls=1, passes=1)
+    return {
+        "model": "resnet50",
+        "batch": [n, 3, pixels, pixels],
+        "ms": ms,
+        "over_step": {k: v / ms["training_step"] for k, v in ms.items()},
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workloads", nargs="*", default=[*WORKLOADS, "fisher"])
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {"threads": 1, "dtype": "fp32", "torch": torch.__version__, "machine": platform.machine()}
+    for name in asked.workloads:
+        results[name] = measure_fisher() if name == "fisher" else measure(name)
+        print(name, json.dumps(results[name], indent=1), flush=True)
+        if asked.json:
+            asked.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------- as a test
+def test_engines_agree_and_providers_run():
+    """One product by our convolutions and by PyTorch's own double backward; every provider does its work once."""
+    torch.set_num_threads(1)
+    model, graph, batch = make("mobilenetv2")
     context = Context(model, graph)
     with quiet(context), sdpa_kernel(SDPBackend.MATH):
-        v = _probe(context.tensors, torch.Generator().manual_seed(1))
+        v = [context.probes.signs(t.detach(), 0, i) for i, t in enumerate(context.tensors)]
         products = []
-        for mode in (DoubleDifferentiable(), torch.enable_grad()):
+        for mode in (double_differentiable(), torch.enable_grad()):
             with mode:
                 loss = loss_fn(model, batch)
             grads = torch.autograd.grad(loss, context.tensors, create_graph=True)
             products.append(torch.autograd.grad(grads, context.tensors, v, materialize_grads=True))
     for mine, theirs in zip(*products, strict=True):
         assert (mine - theirs).norm() <= 1e-3 * theirs.norm() + 1e-4
-    cells = context.layout.cells(context.layout.reduce_product(context.by_name(v), context.by_name(products[0])))
-    run = next(r for r in context.layout.runs if r.slice.dims == (0,) and r.slice.index.shape[1] == 1)
-    i = list(context.params).index(run.slice.param)
-    rows = (v[i] * products[1][i]).flatten(1).sum(1) if v[i].dim() > 1 else v[i] * products[1][i]
-    expected = rows[torch.from_numpy(run.slice.index[:, 0])]
-    got = cells[run.start : run.start + run.group.n_channels]
-    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()) + 1e-6)
+    for name, provider in PROBES.items():
+        if name == "pyhessian":
+            pytest.importorskip("pyhessian")
+        steps = provider(model, graph, batch)
+        next(steps)()
+        next(steps, None)
 
 
-@workloads
-@pytest.mark.parametrize("provider", SECOND_ORDER)
-def test_hessian(benchmark, made, workload, provider):
+@pytest.mark.parametrize("provider", [p for p in FISHER if p != "training_step"])
+def test_first_order(benchmark, provider):
     torch.set_num_threads(1)
-    model, graph, batch = made(workload)
-    if provider == "cpd_fast":
-        check(model, graph, batch)
-    benchmark.group = f"hessian-{workload}"
-    benchmark.extra_info |= {"probes": PROBES, "dtype": "fp32", "threads": 1, "batch": list(batch[0].shape)}
-    benchmark.pedantic(SECOND_ORDER[provider], (model, graph, batch), rounds=3, warmup_rounds=int(benchmark.enabled))
+    model, graph, batch = make("mobilenetv2")
+    benchmark.pedantic(next(FISHER[provider](model, graph, batch)), rounds=1)
 
 
-@workloads
-@pytest.mark.parametrize("provider", FIRST_ORDER)
-def test_first_order(benchmark, made, workload, provider):
-    torch.set_num_threads(1)
-    model, graph, batch = made(workload)
-    benchmark.group = f"first-order-{workload}"
-    benchmark.extra_info |= {"dtype": "fp32", "threads": 1, "batch": list(batch[0].shape)}
-    benchmark.pedantic(FIRST_ORDER[provider], (model, graph, batch), rounds=3, warmup_rounds=int(benchmark.enabled))
+if __name__ == "__main__":
+    main()

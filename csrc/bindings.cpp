@@ -137,8 +137,10 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of cpd_fast on raw pointers.";
 #ifdef CPD_WITH_CUDA
   m.attr("has_cuda") = true;
+  m.attr("cuda_archs") = CPD_ARCHS_TEXT;
 #else
   m.attr("has_cuda") = false;
+  m.attr("cuda_archs") = "";
 #endif
   m.def("supported_isas", &cpd::supported_isas);
   m.def("current_isa", &cpd::current_isa);

@@ -11,22 +11,31 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cpd_fast.cli import comb, compress, doctor, report, settings
+from cpd_fast.cli import bench, comb, compress, doctor, export, report, settings
 from cpd_fast.errors import CpdError
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 
 app = typer.Typer(
     name="cpd-fast",
-    help="Make trained vision networks physically smaller and faster.",
+    help="""Make trained vision networks physically smaller and faster.
+
+    Results go to stdout, talk to stderr; --json gives results to machines. Exit codes: 0 done; 1 a fault of yours or of
+    the data, said in one sentence; 2 a wrong flag; 130 stopped with Ctrl-C.
+    """,
+    epilog="One command: cpd-fast compress --model timm/resnet18 --data FOLDER. Completion: --install-completion.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("comb")(comb.command)
 app.command("compress")(compress.command)
+app.command("resume")(compress.resume)
 app.command("report")(report.command)
+app.command("export")(export.command)
+app.command("comb")(comb.command)
+app.command("bench")(bench.command)
 app.command("settings")(settings.command)
 app.command("doctor")(doctor.command)
 

@@ -13,8 +13,11 @@ from cpd_fast.errors import RunFolderError
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="timm/NAME (random weights), or climate, fashion-mnist.")],
-    size: Annotated[int, typer.Option(help="Side of the square input of a timm model.")] = 224,
+    model: Annotated[
+        str,
+        typer.Argument(help="timm/NAME, smp/DECODER:ENCODER, hf/FOLDER, module:function, climate or fashion-mnist."),
+    ],
+    size: Annotated[int | None, typer.Option(help="Side of the square input; default: the model's, or 224.")] = None,
     freeze_unknown: Annotated[bool, typer.Option(help="Freeze what an operator without a rule touches.")] = False,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Modules or parameters that keep their shapes; names or patterns.")

@@ -1,62 +1,174 @@
-"""``cpd-fast compress``: a whole run, from training to report."""
+"""``cpd-fast compress`` and ``cpd-fast resume``: a whole run, from training to report."""
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cpd_fast.cli.shared import show_results
+from cpd_fast.cli.recipe import FIRST, WHAT, check_recipe, read_recipe, settings_fields, to_yaml
+from cpd_fast.cli.shared import as_json, show_results
+from cpd_fast.config import ConfigError
+from cpd_fast.errors import RunFolderError
+
+WHAT_PANEL, FIRST_PANEL, MORE_PANEL = "What is compressed", "How", "How, in detail (each has a default for the task)"
 
 
 def command(
+    recipe_file: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="Names and values of the flags below; flags win.")
+    ] = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="Into runs/demo or runs/demo-DATA; with no other option the climate task.")
     ] = False,
-    data: Annotated[str, typer.Option(help="climate (segmentation) or fashion-mnist (classification).")] = "climate",
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the data, for fashion-mnist.")] = None,
-    target_macs: Annotated[float, typer.Option(help="Fraction of the multiply-accumulates that remains.")] = 0.5,
-    run_dir: Annotated[Path | None, typer.Option(help="Run folder; default runs/DATA-macsTARGET-seedSEED.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    teacher_steps: Annotated[int | None, typer.Option(help="Training steps of the original.")] = None,
-    prune_steps: Annotated[int | None, typer.Option(help="Training steps under masks.")] = None,
-    finetune_steps: Annotated[int | None, typer.Option(help="Training steps of the compacted network.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the whole recipe as YAML, and stop.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON at the end.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write the scalars for TensorBoard into the run folder too.")
+    ] = False,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting, NAME=VALUE; see cpd-fast settings.")
+        list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE, the same as its flag.")
     ] = None,
+    **flags: Any,
 ) -> None:
     """Train, prune, distil, compact, export and measure; the run folder keeps everything.
 
     Stop it whenever you like (Ctrl-C, kill): the same command goes on from the last checkpoint.
+
+    cpd-fast compress --model timm/resnet18 --weights mine.safetensors --data photos/ --target-macs 0.5
+
+    cpd-fast compress --model smp/Unet:resnet18 --data streets/ --layout cityscapes --size 256
     """
+    asked = {} if recipe_file is None else read_recipe(recipe_file)
+    asked |= dict(_setting(s) for s in setting or ()) | {k: v for k, v in flags.items() if v is not None}
+    what, settings = check_recipe(asked, str(recipe_file or "flags"))
+    if demo and what["run_dir"] is None:
+        named = "demo" if what["data"] == "climate" else f"demo-{what['data']}"
+        what["run_dir"] = Path("runs") / named
+    run(what, settings, dry_run=dry_run, json=json, tensorboard=tensorboard)
+
+
+def resume(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that was stopped.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON at the end.")] = False,
+) -> None:
+    """Go on with a run where it was stopped, with the settings it was made with.
+
+    Raises:
+        RunFolderError: If the folder is no run, or its settings are not those of this command.
+    """
+    run(*read_run(run_dir), json=json, tensorboard=(run_dir / "tensorboard").is_dir())
+
+
+def read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a run folder was asked to do, as :func:`check_recipe` gives it.
+
+    Raises:
+        RunFolderError: If the folder is no run, or was made by the Python API with a task of its own.
+    """
+    from cpd_fast.recipes import TASKS
+    from cpd_fast.recipes.run_folder import read_settings
+
+    made = read_settings(run_dir)
+    task = made.pop("task", None)
+    if "data" not in made and task not in TASKS:
+        raise RunFolderError(f"{run_dir}: was made from Python with a task of its own ({task}); resume it from there")
+    asked = {"data": task, **made, "run_dir": str(run_dir)}
+    if isinstance(asked.get("size"), str):
+        asked["size"] = int(asked["size"])
+    try:
+        return check_recipe(asked, f"{run_dir}/run.json")
+    except ConfigError as e:
+        raise RunFolderError(f"{run_dir}: cannot be resumed here: {e}") from e
+
+
+def run(
+    what: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    dry_run: bool = False,
+    json: bool = False,
+    tensorboard: bool = False,
+) -> None:
+    """Build the task, run the recipe, and print the result."""
     from cpd_fast import recipes
+    from cpd_fast.cli.tasks import task_of
+    from cpd_fast.recipes.tasks import default_config
 
-    given = {"teacher_steps": teacher_steps, "prune_steps": prune_steps, "finetune_steps": finetune_steps}
-    settings: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    settings |= dict(_setting(s) for s in setting or ())
-    named = "demo" if data == "climate" else f"demo-{data}"
-    folder = run_dir or Path("runs") / (named if demo else f"{data}-macs{target_macs:g}-seed{seed}")
+    task, defaults = task_of(what)
+    settings = {**defaults, **settings}
+    config = default_config(task.name, **settings)
+    folder = what["run_dir"] or Path("runs") / f"{task.name}-macs{config.target_macs:g}-seed{config.seed}"
+    if dry_run:
+        print(to_yaml({**what, "run_dir": folder}, config.as_dict()), end="")
+        return
+    if tensorboard:
+        from cpd_fast.report.tensorboard import check_installed
+
+        check_installed()
+    known = {k: v for k, v in settings.items() if k != "target_macs"}
     result = recipes.cpd(
-        data,
-        target=target_macs,
+        task,
+        target=config.target_macs,
         run_dir=folder,
-        data_dir=data_dir,
         command=" ".join(["cpd-fast", *sys.argv[1:]]),
-        seed=seed,
-        **settings,
+        **known,
     )
-    show_results(result.results, result.report)
+    if tensorboard:
+        from cpd_fast.report.tensorboard import write_scalars
+
+        write_scalars(result.results, folder / "tensorboard")
+    if json:
+        as_json(result.results.to_json())
+    else:
+        show_results(result.results, result.report)
 
 
-def _setting(text: str) -> tuple[str, int | float | str]:
+def _setting(text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not sign:
         raise typer.BadParameter(f"--set {text}: expected NAME=VALUE")
     for kind in (int, float):
         try:
-            return name, kind(value)
+            return name.replace("-", "_"), kind(value)
         except ValueError:
             continue
-    return name, value
+    return name.replace("-", "_"), value
+
+
+def _with_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Give the command one flag for every name of a recipe: typer reads them from the signature."""
+    own = inspect.signature(function, eval_str=True).parameters
+    flags = [
+        _flag(name, kind, text, None if default is None else str(default), WHAT_PANEL)
+        for name, (kind, default, text) in WHAT.items()
+    ]
+    for name, field in settings_fields().items():
+        low, high = field.metadata.get("low"), field.metadata.get("high")
+        limits = "" if low is None else f" ({low:g} to {high:g})"
+        panel = FIRST_PANEL if name in FIRST else MORE_PANEL
+        default = (
+            f"{field.default}; the task may have another" if name not in ("target_macs", "seed") else field.default
+        )
+        flags.append(_flag(name, type(field.default), f"{field.metadata.get('help', '')}{limits}", str(default), panel))
+    parameters = [p for p in own.values() if p.kind is not inspect.Parameter.VAR_KEYWORD] + flags
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    return function
+
+
+def _flag(name: str, kind: type, text: str, default: str | None, panel: str) -> inspect.Parameter:
+    option = typer.Option(
+        f"--{name.replace('_', '-')}", help=text, show_default=default or False, rich_help_panel=panel
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+_with_flags(command)

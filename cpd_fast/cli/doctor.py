@@ -2,23 +2,63 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import sysconfig
+from typing import Annotated
 
-from rich.console import Console
-from rich.table import Table
+import typer
+
+from cpd_fast.cli.shared import as_json, show_table
+
+OPTIONAL = {  # what each package is for, and how it is installed
+    "onnxscript": ("export to ONNX", "pip install 'cpd_fast[export]'"),
+    "onnxruntime": ("latency of ONNX files", "pip install 'cpd_fast[export]'"),
+    "timm": ("models timm/NAME", "pip install timm"),
+    "segmentation_models_pytorch": ("models smp/DECODER:ENCODER", "pip install segmentation-models-pytorch"),
+    "transformers": ("models hf/FOLDER", "pip install transformers"),
+    "PIL": ("folders of pictures", "pip install pillow"),
+    "optuna": ("searches", "pip install 'cpd_fast[search]'"),
+    "tensorboard": ("scalars for TensorBoard", "pip install tensorboard"),
+}
 
 
-def command() -> None:
+def command(json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
     """Say what is installed and which backends run here, and why not the others."""
     from cpd_fast.recipes.environment import environment
 
-    out = Table("what", "state", box=None, pad_edge=False)
-    for name, text in environment().items():
-        out.add_row(name, text)
-    for name, state in _backends().items():
-        out.add_row(name, state)
-    Console(highlight=False).print(out)
+    found = {**environment(), **_hardware(), **_backends(), **_optional()}
+    if json:
+        as_json(found)
+    else:
+        show_table(("what", "state"), list(found.items()))
+
+
+def _hardware() -> dict[str, str]:
+    import torch
+
+    built = torch.version.cuda
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if built else []
+    named = [f"{g.name}, sm_{g.major}{g.minor}, {g.total_memory / 2**30:.0f} GiB" for g in gpus]
+    return {
+        "gpu": "; ".join(named) or ("none: torch is a CPU build" if built is None else "none: no CUDA device"),
+        "compiled for": _compiled_for(),
+    }
+
+
+def _compiled_for() -> str:
+    """Instruction sets and GPU architectures of the compiled library."""
+    try:
+        native = importlib.import_module("cpd_fast._native")
+    except ImportError as e:
+        return f"not built ({e}); needs a C++ compiler at install time" if _native_is_there() else "not built"
+    cuda = getattr(native, "cuda_archs", "") or ("yes" if native.has_cuda else "not compiled (no nvcc at install time)")
+    return f"CPU {native.current_isa()} (of {', '.join(native.supported_isas())}); CUDA {cuda}"
+
+
+def _native_is_there() -> bool:
+    return importlib.util.find_spec("cpd_fast._native") is not None
 
 
 def _backends() -> dict[str, str]:
@@ -26,7 +66,7 @@ def _backends() -> dict[str, str]:
     import torch
 
     cuda = torch.cuda.is_available()
-    native = importlib.util.find_spec("cpd_fast._native") is not None
+    native = _native_is_there()
     why_no_gpu = "torch is a CPU build" if torch.version.cuda is None else "no CUDA device"
     triton = importlib.util.find_spec("triton") is not None
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,7 +83,33 @@ def _backends() -> dict[str, str]:
         else "runs in its interpreter (slow)"
         if triton and interpreted
         else f"no: {'triton is not installed' if not triton else why_no_gpu}",
-        "latency onnxruntime": "runs"
-        if importlib.util.find_spec("onnxruntime")
-        else "no: onnxruntime is not installed; pip install onnxruntime",
+        **_latency_backends(),
+    }
+
+
+def _latency_backends() -> dict[str, str]:
+    import shutil
+
+    compiler = shutil.which(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++") or shutil.which("g++")
+    found = {
+        "latency eager": "runs",
+        "latency compile": "runs" if compiler else "no: torch.compile needs a C++ compiler on the PATH",
+    }
+    if importlib.util.find_spec("onnxruntime") is None:
+        why = "no: onnxruntime is not installed; pip install onnxruntime"
+        return found | {"latency onnxruntime": why, "latency onnxruntime-cuda": why}
+    import onnxruntime
+
+    there = onnxruntime.get_available_providers()
+    cuda = (
+        "runs" if "CUDAExecutionProvider" in there else "no: this onnxruntime has no CUDA; pip install onnxruntime-gpu"
+    )
+    return found | {"latency onnxruntime": "runs", "latency onnxruntime-cuda": cuda}
+
+
+def _optional() -> dict[str, str]:
+    """Packages that some commands need."""
+    return {
+        f"package {name}": f"installed ({what})" if importlib.util.find_spec(name) else f"missing ({what}): {how}"
+        for name, (what, how) in OPTIONAL.items()
     }

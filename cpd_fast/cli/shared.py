@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,12 +15,22 @@ from cpd_fast.report import Results, table
 
 def show_results(results: Results, page: Path) -> None:
     """Print the before/after table and the path of the report."""
-    out = Table("", "before", "after", "change", box=None, pad_edge=False)
+    show_table(("", "before", "after", "change"), table(results))
+    Console(highlight=False).print(f"\nReport: {page.resolve()}", soft_wrap=True)
+
+
+def show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table without lines, numbers to the right."""
+    out = Table(*head, box=None, pad_edge=False)
     for column in out.columns[1:]:
         column.justify = "right"
-    for row in table(results):
+    for row in rows:
         out.add_row(*row)
     console = Console(highlight=False)
     console.print()
     console.print(out)
-    console.print(f"\nReport: {page.resolve()}", soft_wrap=True)
+
+
+def as_json(value: Any) -> None:
+    """JSON to stdout; text is JSON already."""
+    print(value if isinstance(value, str) else json.dumps(value, indent=1))

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+IGNORE = 255  # label of pixels that no loss and no figure looks at
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -17,7 +19,7 @@ class Split:
 
     Attributes:
         images: uint8, shape ``(N, C, H, W)``.
-        labels: uint8, shape ``(N, H, W)`` for segmentation, ``(N,)`` for classification.
+        labels: uint8, shape ``(N, H, W)`` for segmentation (255: not looked at), ``(N,)`` for classification.
     """
 
     images: Tensor
@@ -35,7 +37,7 @@ class DataSplits:
         name: Short name, e.g. ``"climate"``.
         classes: Class names, in the order of the labels.
         palette: One ``(r, g, b)`` a class, 0-255, for pictures of label maps; empty for classification.
-        mean: ``images - mean`` ...
+        mean: ``images - mean`` ... (a number, or one a channel)
         std: ``... / std`` is what the network gets; in units of the uint8 values.
         train: Training split.
         val: Validation split: choices are made on this one.
@@ -48,8 +50,8 @@ class DataSplits:
     name: str
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
-    mean: float
-    std: float
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
     train: Split
     val: Split
     test: Split
@@ -64,11 +66,13 @@ class DataSplits:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images ``(N, C, H, W)`` -> fp32 of the same shape, ``(x - mean) / std``."""
-        return (images.to(torch.float32) - self.mean) / self.std
+        mean, std = (torch.tensor(v, device=images.device).reshape(-1, 1, 1) for v in (self.mean, self.std))
+        return (images.to(torch.float32) - mean) / std
 
     def class_weights(self) -> Tensor:
         """``1 / sqrt(frequency)`` of each class in the training split, mean 1; fp32, shape ``(K,)``."""
-        count = torch.bincount(self.train.labels.flatten().long(), minlength=len(self.classes)).double()
+        labels = self.train.labels.flatten()
+        count = torch.bincount(labels[labels != IGNORE].long(), minlength=len(self.classes)).double()
         weight = 1.0 / (count / count.sum()).clamp_min(1e-4).sqrt()
         return (weight / weight.mean()).float()
 

@@ -207,8 +207,8 @@ class CriterionCWD(nn.Module):
 def register_all() -> list[str]:
     """Put the losses into the ``MODELS`` registries of MMEngine, mmseg and mmrazor, where those are installed.
 
-    A config that says ``type='ChannelWiseDivergence'`` then builds the fused one. One line in the config does it:
-    ``custom_imports`` cannot call a function, so write ``import cpd_fast; cpd_fast.losses.register_all()``.
+    A config that says ``type='ChannelWiseDivergence'`` then builds the fused one. In a config file one line does it:
+    ``custom_imports = dict(imports=["cpd_fast.mmlab"], allow_failed_imports=False)``; in a script, call this function.
 
     Returns:
         The registries that were found, e.g. ``["mmengine", "mmrazor"]``.

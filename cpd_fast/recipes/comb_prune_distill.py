@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from cpd_fast import store
 from cpd_fast.compact import compact
 from cpd_fast.config import CompressConfig
+from cpd_fast.data import Split
 from cpd_fast.distill import ChannelWiseKL, LogitKL
 from cpd_fast.errors import FileFormatError, RunFolderError
 from cpd_fast.pipeline import comb
@@ -54,6 +55,7 @@ from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
 
 TEACHER, SCORES = "teacher.safetensors", "scores.safetensors"
 TENSORS_VERSION = 1
+GLANCE = 256  # pictures of the val split that are looked at during training
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +126,7 @@ def cpd(
         target = float(target.given["macs"])
     config = default_config(task if isinstance(task, str) else task.name, target_macs=float(target), **settings)
     loaded = builtin(task, data_dir) if isinstance(task, str) else task
-    asked = {"recipe": "cpd", "task": loaded.name, **config.as_dict()}
+    asked = {"recipe": "cpd", "task": loaded.name, **loaded.origin, **config.as_dict()}
     with RunFolder(run_dir, asked) as folder, StopRequest() as stop:
         with talk or Talk() as voice:
             run = _Run(loaded, config, folder, voice, stop, command or f"python {' '.join(sys.argv)}")
@@ -150,6 +152,7 @@ class _Run:
     curve: list[tuple[str, int, float]] = field(default_factory=list)
     events: list[tuple[int, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    quality: list[tuple[str, int, float, float]] = field(default_factory=list)
 
     def go(self) -> Result:
         torch.manual_seed(stage_seed(self.config.seed, "teacher"))
@@ -181,7 +184,7 @@ class _Run:
         else:
             results = finish(
                 self.task, self.config, self.folder, self.talk, graph, plan, teacher.eval(), small,
-                self._scores(graph), self.curve, self.events, self.seconds, self.command,
+                self._scores(graph), self.curve, self.events, self.quality, self.seconds, self.command,
             )  # fmt: skip
             self._checkpoint("done", 0, {}, {"plan": plan.to_json()})
         return Result(self.folder.path, plan, teacher, small, results, self.folder.path / "report.html")
@@ -353,10 +356,19 @@ class _Run:
                 self.curve.append((stage, step, round(loss, 5)))
                 self.seconds[stage] = round(spent + time.monotonic() - began, 2)
                 is_due = (step + 1) % self.config.checkpoint_every == 0 and step + 1 < steps
+                if is_due or step + 1 == steps:
+                    self._look(stage, step + 1, model)
                 if is_due or self.stop.asked:
                     self._checkpoint(stage, step + 1, training_state(model, optimizer), keep)
                 if self.stop.asked:
                     raise KeyboardInterrupt
+
+    def _look(self, stage: str, step: int, model: nn.Module) -> None:
+        """How good the network is by now, on some pictures of the val split."""
+        val = self.task.data.val
+        some = Split(val.images[:GLANCE], val.labels[:GLANCE])
+        share = 1.0 if stage == "teacher" or not self.events else self.events[-1][1]
+        self.quality.append((stage, step, round(evaluate(model, self.task.data, some).main, 5), round(share, 5)))
 
     def _resume(self) -> tuple[str, int, dict[str, Tensor], dict[str, Any]]:
         found = self.folder.load_checkpoint()
@@ -366,12 +378,13 @@ class _Run:
         self.curve = [(str(s), int(i), float(v)) for s, i, v in state["curve"]]
         self.events = [(int(i), float(v)) for i, v in state["events"]]
         self.seconds = dict(state["seconds"])
+        self.quality = [(str(s), int(i), float(q), float(m)) for s, i, q, m in state.get("quality", ())]
         where = "is finished" if stage == "done" else f"continues at stage {stage}, step {step}"
         self.talk.say(f"The run in {self.folder.path} {where}")
         return stage, step, tensors, state
 
     def _checkpoint(self, stage: str, step: int, tensors: dict[str, Tensor], keep: dict[str, Any]) -> None:
-        record = {"curve": self.curve, "events": self.events, "seconds": self.seconds}
+        record = {"curve": self.curve, "events": self.events, "seconds": self.seconds, "quality": self.quality}
         self.folder.save_checkpoint(stage, step, tensors, {**record, **keep})
 
     def _write_tensors(self, name: str, tensors: dict[str, Tensor], head: dict[str, Any]) -> None:

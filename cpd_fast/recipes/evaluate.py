@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cpd_fast.data import DataSplits, Split, augmented_batch
+from cpd_fast.data import IGNORE, DataSplits, Split, augmented_batch
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ def evaluate(model: nn.Module, data: DataSplits, split: Split) -> Quality:
     """Measure a network on a split."""
     k = len(data.classes)
     predicted = predict(model, data, split.images)
-    pairs = split.labels.long().flatten() * k + predicted.long().flatten()
+    labels, predicted = split.labels.flatten(), predicted.flatten()
+    counts = labels != IGNORE
+    pairs = labels[counts].long() * k + predicted[counts].long()
     table = torch.bincount(pairs, minlength=k * k).reshape(k, k).double()  # row: label, column: prediction
     hit = table.diag()
     accuracy = float(hit.sum() / table.sum())

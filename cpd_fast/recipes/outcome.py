@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cpd_fast.config import CompressConfig
 from cpd_fast.errors import BackendError
 from cpd_fast.export import export_onnx
+from cpd_fast.machine import peak_memory_mib
 from cpd_fast.recipes.environment import environment
 from cpd_fast.recipes.evaluate import Quality, evaluate
 from cpd_fast.recipes.pictures import write_tiles
@@ -40,6 +41,7 @@ def finish(
     scores: Scores,
     curve: list[tuple[str, int, float]],
     events: list[tuple[int, float]],
+    quality_over_time: list[tuple[str, int, float, float]],
     seconds: dict[str, float],
     command: str,
 ) -> Results:
@@ -89,6 +91,8 @@ def finish(
             environment=environment(),
             notes=(*_data_notes(task), _training_note(config), *notes),
             seconds=seconds,
+            quality=tuple(quality_over_time),
+            memory_mib=peak_memory_mib(),
         )
         folder.write("results.json", results.to_json())
         write_report(results, folder.path, folder.write)
@@ -162,6 +166,8 @@ def _training_note(config: CompressConfig) -> str:
 
 
 def _data_notes(task: Task) -> list[str]:
+    if "note" in task.data.source:
+        return [f"Data: {task.data.source['note']}."]
     if task.name == "climate":
         return [
             "Labels are Koeppen-Geiger climate zones, not land cover; forests of different climates look alike, so "

@@ -22,7 +22,7 @@ def choose(data: DataSplits, count: int = COUNT) -> list[int]:
         first = {int(c): i for i, c in reversed(list(enumerate(labels.tolist())))}
         return [first[c] for c in sorted(first)]
     k = len(data.classes)
-    share = torch.stack([torch.bincount(y.flatten().long(), minlength=k) / y.numel() for y in labels])
+    share = torch.stack([torch.bincount(y.flatten().long(), minlength=k)[:k] / y.numel() for y in labels])
     entropy = -(share * share.clamp_min(1e-9).log()).sum(1)
     chunks = np.array_split(np.arange(len(labels)), min(count, len(labels)))
     return [int(c[int(entropy[c].argmax())]) for c in chunks]
@@ -33,12 +33,13 @@ def write_tiles(run: RunFolder, teacher: nn.Module, student: nn.Module, data: Da
     indices = choose(data)
     images, labels = data.test.images[indices], data.test.labels[indices]
     by_teacher, by_student = predict(teacher, data, images), predict(student, data, images)
-    rows = []
+    rows, palette = [], np.zeros((256, 3), np.uint8)  # black: not looked at
+    palette[: len(data.palette)] = np.asarray(data.palette, np.uint8).reshape(-1, 3)
     for n, image in enumerate(images):
         row = {"picture": _write(run, f"tiles/{n}-picture.png", _picture(image))}
         if data.is_segmentation:
             for kind, classes in (("label", labels), ("teacher", by_teacher), ("student", by_student)):
-                row[kind] = _write(run, f"tiles/{n}-{kind}.png", np.asarray(data.palette, np.uint8)[classes[n].numpy()])
+                row[kind] = _write(run, f"tiles/{n}-{kind}.png", palette[classes[n].numpy()])
         else:
             row |= {
                 kind: data.classes[int(classes[n])]

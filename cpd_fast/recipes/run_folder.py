@@ -24,6 +24,21 @@ CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_KIND, CHECKPOINT_VERSION = "cpd_fast.checkpoint", 1
 
 
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the run in a folder was asked to do.
+
+    Raises:
+        RunFolderError: If there is no run, or its settings are damaged.
+    """
+    file = Path(path) / "run.json"
+    if not file.is_file():
+        raise RunFolderError(f"{path}: holds no run.json; it is no run folder")
+    try:
+        return dict(json.loads(file.read_text())["settings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise RunFolderError(f"{path}: run.json is damaged ({e!r}); start the run anew in another folder") from e
+
+
 class RunFolder:
     """The files of one run.
 

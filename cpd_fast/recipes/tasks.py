@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpd_fast.config import CLASSIFICATION, CompressConfig
-from cpd_fast.data import DataSplits, climate, fashion_mnist
+from cpd_fast.data import IGNORE, DataSplits, climate, fashion_mnist
 from cpd_fast.errors import DataError
 from cpd_fast.models import EfficientNetLite0FPN, SmallResNet
 
@@ -29,6 +30,7 @@ class Task:
         data: Train, val and test.
         build: Makes the network as it is before training; called anew on every resume, under a fixed seed.
         distill_at: Name of the module whose output the student is to imitate; None: the network's output.
+        origin: Where network and data came from, by the names of the command's flags; a run folder belongs to it.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Task:
     data: DataSplits
     build: Callable[[], nn.Module]
     distill_at: str | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     def example_inputs(self, batch: int = 1) -> Tensor:
         """Zeros of the shape of a normalised batch, fp32 ``(batch, C, H, W)``."""
@@ -46,7 +49,9 @@ class Task:
         if not self.data.is_segmentation:
             return lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
         weight = self.data.class_weights()
-        return lambda logits, labels: F.cross_entropy(logits, labels, weight=weight.to(logits.device))
+        return lambda logits, labels: F.cross_entropy(
+            logits, labels, weight=weight.to(logits.device), ignore_index=IGNORE
+        )
 
 
 def builtin(name: str, data_dir: str | os.PathLike[str] | None = None) -> Task:

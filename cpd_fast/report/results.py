@@ -83,6 +83,9 @@ class Results:
         environment: Versions and device.
         notes: Remarks, one a line.
         seconds: Wall time of each stage; parts done before an interruption included.
+        quality: ``(stage, step, mIoU or accuracy on some pictures of val, share of MACs that remains)`` now and then.
+        memory_mib: Peak of the process's memory in MiB, of the last start where the run was interrupted; on a GPU, of
+            the GPU's memory.
     """
 
     task: str
@@ -104,6 +107,8 @@ class Results:
     environment: dict[str, str]
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    quality: tuple[tuple[str, int, float, float], ...] = ()
+    memory_mib: float | None = None
 
     def to_json(self) -> str:
         """The numbers as a JSON document."""
@@ -133,8 +138,8 @@ class Results:
                 Histogram(h["title"], tuple(h["edges"]), tuple(h["kept"]), tuple(h["removed"]))
                 for h in doc["histograms"]
             )
-            for name in ("palette", "widths", "curve", "steps"):
-                doc[name] = tuple(tuple(row) for row in doc[name])
+            for name in ("palette", "widths", "curve", "steps", "quality"):
+                doc[name] = tuple(tuple(row) for row in doc.get(name, ()))
             for name in ("classes", "input_shape", "tiles", "notes"):
                 doc[name] = tuple(doc[name])
             return cls(**doc)

@@ -161,3 +161,22 @@ def test_a_config_builds_ours_with_the_real_mmengine():
     finally:
         registry.MODELS.module_dict.clear()
         registry.MODELS.module_dict.update(before)
+
+
+def test_one_line_of_a_config_file_registers_ours(tmp_path):
+    config = pytest.importorskip("mmengine.config", reason="needs mmengine (tried with 0.10.7)")
+    from mmengine.registry import MODELS
+
+    before = dict(MODELS.module_dict)
+    sys.modules.pop("cpd_fast.mmlab", None)
+    file = tmp_path / "config.py"
+    file.write_text(
+        'custom_imports = dict(imports=["cpd_fast.mmlab"], allow_failed_imports=False)\n'
+        'loss = dict(type="ChannelWiseDivergence", tau=1, loss_weight=5)\n'
+    )
+    try:
+        MODELS.module_dict.clear()
+        assert type(MODELS.build(config.Config.fromfile(file).loss)) is ChannelWiseDivergence
+    finally:
+        MODELS.module_dict.clear()
+        MODELS.module_dict.update(before)

@@ -1,0 +1,98 @@
+"""What a run is asked for: a YAML recipe, flags, or both; all faults at once. Recipe and flags have the same names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cpd_fast.config import CompressConfig, ConfigError
+
+RECIPES = ("cpd",)
+WHAT: dict[str, tuple[Any, Any, str]] = {
+    "recipe": (str, "cpd", "how: cpd"),
+    "model": (str, None, "timm/NAME, smp/DECODER:ENCODER, hf/FOLDER or python.module:function; built-in data have one"),
+    "weights": (Path, None, "weights of the model, .safetensors or a PyTorch file of tensors; then teacher_steps is 0"),
+    "data": (str, "climate", "climate, fashion-mnist, a folder of pictures, or python.module:function"),
+    "data_dir": (Path, None, "folder of fashion-mnist's files, where Debian's package is not installed"),
+    "layout": (str, "auto", "of a folder: auto, image-folder, segmentation, ade20k or cityscapes"),
+    "size": (int, None, "side of the square pictures; default: the model's, or 224"),
+    "run_dir": (Path, None, "run folder; default runs/DATA-macsTARGET-seedSEED"),
+}
+FIRST = ("target_macs", "seed", "teacher_steps", "prune_steps", "finetune_steps", "batch_size")  # in --help
+
+
+def settings_fields() -> dict[str, dataclasses.Field[Any]]:
+    """The settings of the recipe by name, those that people change most first."""
+    fields = {f.name: f for f in dataclasses.fields(CompressConfig)}
+    return {n: fields[n] for n in (*FIRST, *(n for n in fields if n not in FIRST))}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The names and values of a YAML recipe; dashes in names mean underscores.
+
+    Raises:
+        ConfigError: If it cannot be read or is no mapping.
+    """
+    import yaml
+
+    try:
+        doc = yaml.safe_load(path.read_text())
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: not a YAML file ({' '.join(str(e).split())})") from e
+    if not isinstance(doc, dict):
+        raise ConfigError(f"{path}: expected names and values such as 'model: timm/resnet18', got {type(doc).__name__}")
+    return {str(k).replace("-", "_"): v for k, v in doc.items()}
+
+
+def check_recipe(asked: Mapping[str, Any], where: str = "recipe") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split what was asked into what is compressed and the settings of how.
+
+    Returns:
+        ``what`` with every name of ``WHAT``, defaults filled in, and the settings that were given.
+
+    Raises:
+        ConfigError: If names are unknown or values wrong; lists every fault, one a line.
+    """
+    faults = []
+    known = [*WHAT, *settings_fields()]
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            faults.append(f"{name}: no such setting" + (f", did you mean {near[0]}?" if near else ""))
+    what: dict[str, Any] = {}
+    for name, (kind, default, _) in WHAT.items():
+        value: Any = asked.get(name)
+        if value is None:
+            what[name] = default
+            continue
+        fits = (str, Path) if kind is Path else (kind,)
+        if not isinstance(value, fits) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
+            word = {str: "text", Path: "a path", int: "a whole number from 1"}[kind]
+            faults.append(f"{name}={value!r}: expected {word}")
+            continue
+        what[name] = Path(value) if kind is Path else value
+    if what.get("recipe") not in (*RECIPES, None):
+        faults.append(f"recipe={what['recipe']!r}: expected one of {', '.join(RECIPES)}")
+    if what.get("weights") is not None and not what["weights"].is_file():
+        faults.append(f"weights={str(what['weights'])!r}: no such file")
+    settings = {k: v for k, v in asked.items() if k in settings_fields() and v is not None}
+    try:
+        CompressConfig.from_dict(settings)
+    except ConfigError as e:
+        faults += str(e).split("; ")
+    if faults:
+        raise ConfigError(f"{where}: {len(faults)} fault{'s' if len(faults) > 1 else ''}\n  " + "\n  ".join(faults))
+    return what, settings
+
+
+def to_yaml(what: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """A recipe that asks for the same."""
+    import yaml
+
+    doc = {k: str(v) if isinstance(v, Path) else v for k, v in {**what, **settings}.items() if v is not None}
+    return yaml.safe_dump(doc, sort_keys=False)
