@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import resource
+import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -196,29 +195,19 @@ def _masked_as(entry: dict, history: list, x: Any) -> Any:
         return model(x)
 
 
-def in_process(kind: str, entry: dict) -> dict:
-    """Run one network in a fork of this process, which has the libraries loaded; an error becomes its last line."""
-    there, here = (context := multiprocessing.get_context("fork")).Pipe(duplex=False)
-    child = context.Process(target=_report, args=({"ours": ours, "peer": peer}[kind], entry, here))
-    child.start()
-    here.close()
+def in_process(kind: str, name: str) -> dict:
+    """Run one network in a process of its own; an error becomes its last line."""
+    command = [sys.executable, __file__, "--worker", kind, name]
     try:
-        row = there.recv() if there.poll(LIMIT_S) else {f"{kind}_failed": f"more than {LIMIT_S} s"}
-    except EOFError:  # killed by its CPU limit
-        row = {f"{kind}_failed": f"more than {PEER_CPU_S if kind == 'peer' else CPU_S} CPU s"}
-    child.kill()
-    child.join()
-    return row
-
-
-def _report(function: Callable[[dict], dict], entry: dict, pipe: Any) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, resource.RLIM_INFINITY))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # both libraries warn at length
-    try:
-        pipe.send(function(entry))
-    except Exception as e:
-        name = "ours_failed" if function is ours else "peer_failed"
-        pipe.send({name: f"{type(e).__name__}: {e}".splitlines()[0][:160]})
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return {f"{kind}_failed": f"more than {LIMIT_S} s"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if done.returncode < 0:  # killed by its CPU limit
+        return {f"{kind}_failed": f"more than {PEER_CPU_S if kind == 'peer' else CPU_S} CPU s"}
+    errors = [line for line in done.stderr.splitlines() if "Error" in line or "Exception" in line]
+    return {f"{kind}_failed": (errors or ["no output"])[-1][:160]}
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
@@ -312,18 +301,25 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="run Torch-Pruning instead of ours")
     parser.add_argument("--only", nargs="*", help="names of networks")
     parser.add_argument("--again", action="store_true", help="run also what has a result")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--page", action="store_true", help="only write the page from the results")
     args = parser.parse_args()
     import conftest  # noqa: F401  (lets a CUDA build of torchvision import beside a CPU torch)
     from tests.zoo.networks import ENTRIES
 
+    if args.worker:
+        kind, name = args.worker
+        entry = next(e for e in ENTRIES if f"{e['src']}/{e['name']}" == name)
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, resource.RLIM_INFINITY))
+        print(json.dumps({"ours": ours, "peer": peer}[kind](entry)))
+        return
     names = {f"{e['src']}/{e['name']}": e for e in ENTRIES}
     kind = "peer" if args.peer else "ours"
     for name, entry in names.items():
         rows = _load(kind)  # another run may have added to it
         if args.page or (args.only and entry["name"] not in args.only) or (name in rows and not args.again):
             continue
-        row = in_process(kind, entry)
+        row = in_process(kind, name)
         rows = {**_load(kind), name: row}
         _save(kind, {n: rows[n] for n in names if n in rows})
         print(name, row, file=sys.stderr, flush=True)

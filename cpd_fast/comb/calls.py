@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 
+from cpd_fast.comb.leaves import leaves
 from cpd_fast.comb.planes import State
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ SIZED = {
 
 def constants(call: Call) -> tuple[float, ...]:
     """The numbers of a call that must be the same in a compacted model: floats, and integers that are no sizes."""
-    numbers = [v for v in tree_leaves((call.args, call.kwargs)) if isinstance(v, (int, float)) and v is not True]
+    numbers = [v for v in leaves((call.args, call.kwargs)) if isinstance(v, (int, float)) and v is not True]
     numbers = [v for v in numbers if v is not False]
     if call.op == "aten.native_group_norm":
         return tuple(numbers[-2:])  # groups, eps

@@ -12,6 +12,14 @@ import numpy as np
 from cpd_fast.errors import CompactError
 
 
+def distinct(values: np.ndarray) -> np.ndarray:
+    """Sorted, each once; ``np.unique`` of integers hashes, which is slower on labels."""
+    ordered = np.sort(values, axis=None)
+    first = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return ordered[first]
+
+
 class LabelStore:
     """Records which labels go together, which may not go at all, and which form grids."""
 
@@ -19,7 +27,7 @@ class LabelStore:
         self.count = 0
         self.where: Callable[[], str] = str  # module and line of the running call
         self.reasons: list[str] = []
-        self._pairs: list[np.ndarray] = []
+        self._pairs: list[np.ndarray] = []  # two labels in one integer
         self._frozen: list[tuple[np.ndarray, int]] = []
         self._consumed: list[np.ndarray] = []
         self.grids: dict[bytes, tuple[np.ndarray, bool]] = {}
@@ -40,17 +48,18 @@ class LabelStore:
         a, b = np.broadcast_arrays(a, b)
         differ = a != b
         if differ.any():
-            self._pairs.append(np.unique(np.stack([a[differ], b[differ]], 1), axis=0))
+            pairs = (a[differ] << 32) | b[differ]
+            self._pairs.append(distinct(pairs) if pairs.size > 4096 else pairs)
 
     def freeze(self, labels: np.ndarray, reason: str) -> None:
         """These labels stay. An empty reason marks labels that are no channels at all (kernel positions, padding)."""
         if reason not in self.reasons:
             self.reasons.append(reason)
-        self._frozen.append((np.unique(labels), self.reasons.index(reason)))
+        self._frozen.append((distinct(labels), self.reasons.index(reason)))
 
     def consume(self, labels: np.ndarray) -> None:
         """These labels of a parameter are contracted with an activation: the parameter consumes the channel."""
-        self._consumed.append(np.unique(labels))
+        self._consumed.append(distinct(labels))
 
     def grid(self, labels: np.ndarray, whole_rows: bool = True) -> None:
         """What remains of these labels must be a box; positions may differ only along the last dim.
@@ -71,9 +80,11 @@ class LabelStore:
         root = np.arange(self.count, dtype=np.int64)
         if not self._pairs:
             return root
-        pairs = np.concatenate(self._pairs)
+        pairs = distinct(np.concatenate(self._pairs))
+        self._pairs = [pairs]
+        left, right = pairs >> 32, pairs & 0xFFFFFFFF
         while True:
-            a, b = root[pairs[:, 0]], root[pairs[:, 1]]
+            a, b = root[left], root[right]
             differ = a != b
             if not differ.any():
                 return root

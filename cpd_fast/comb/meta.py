@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None, hooks: b
         for t in [*m._buffers.values(), *vars(m).values()]:
             if isinstance(t, Tensor) and id(t) not in memo:
                 memo[id(t)] = torch.empty_like(t, device="meta", requires_grad=False)
+        for v in vars(m).values():  # most of what a module holds is empty: hooks, buffers, children
+            if type(v) in (dict, OrderedDict, set) and not v and id(v) not in memo:
+                memo[id(v)] = type(v)()
     kept = [] if hooks else [(m, h, getattr(m, h)) for m in model.modules() for h in HOOKS if getattr(m, h)]
     try:
         for m, h, _ in kept:

@@ -10,6 +10,7 @@ dims, conv groups x channels): what remains of it must be a box, whose rows may 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -34,7 +35,7 @@ class Plane:
         """The plane of a tensor of the same values elsewhere."""
         return Plane(labels, fast, self.zero, self.stays)
 
-    @property
+    @cached_property
     def dims(self) -> tuple[int, ...]:
         """The dims that the labels vary over."""
         return tuple(d for d, s in enumerate(self.labels.shape) if s > 1)

@@ -177,22 +177,26 @@ def _build_groups(
     silent = {i for i, r in enumerate(store.reasons) if not r}
     consumed = store.consumed()
     # members: key (signature, frozen reason) -> classes in the order of first appearance
-    members: dict[tuple[int, int], dict[int, None]] = {}
+    members: dict[tuple[int, int], list[np.ndarray]] = {}
     roots: dict[tuple[int, int], str] = {}
     producing = [not consumed[p.labels.reshape(-1)[0]] for _, _, p in flat]
     ranked = sorted(range(len(flat)), key=lambda i: (not producing[i], not flat[i][0].endswith("weight"), i))
     ranked.sort(key=lambda i: (not producing[i], flat[i][2].labels.ndim < 2))  # layers before norms and tokens
+    seen = np.zeros(store.count, bool)
     for i in ranked:
         name, _, plane = flat[i]
         own = classes[plane.labels.reshape(-1)]
+        own = own[~seen[own]]
+        seen[own] = True
         _, first = np.unique(own, return_index=True)
-        for c in own[np.sort(first)].tolist():
-            r = int(frozen[c])
-            if r in silent:
-                continue
-            key = (int(signature[c]), r)
-            members.setdefault(key, {}).setdefault(c)
-            roots.setdefault(key, name)
+        own = own[np.sort(first)]
+        while own.size:  # mostly all of one group
+            key = (int(signature[own[0]]), int(frozen[own[0]]))
+            same = (signature[own] == signature[own[0]]) & (frozen[own] == frozen[own[0]])
+            if key[1] not in silent:
+                members.setdefault(key, []).append(own[same])
+                roots.setdefault(key, name)
+            own = own[~same]
     keys = sorted(members, key=lambda k: _first_use(flat, classes, members[k], roots[k]))
     ties = balance.tie_of()
     tie_names: dict[int, str] = {}
@@ -202,7 +206,7 @@ def _build_groups(
     offset = 0
     local: list[tuple[np.ndarray, str | None, np.ndarray | None, tuple[int, int]]] = []
     for key in keys:
-        ids = np.fromiter(members[key], np.int64)
+        ids = np.concatenate(members[key])
         block = None
         tie = None
         if key[1] < 0 and balance.block[ids].any():
@@ -248,11 +252,11 @@ def _build_groups(
 def _first_use(
     flat: list[tuple[str, int, Plane]],
     classes: np.ndarray,
-    members: dict[int, None],
+    members: list[np.ndarray],
     root: str,
 ) -> tuple[int, int]:
     """Where the first channel of a group first appears: the order of groups."""
-    first = next(iter(members))
+    first = members[0][0]
     for j, (name, _, plane) in enumerate(flat):
         if name == root:
             hit = np.flatnonzero(classes[plane.labels.reshape(-1)] == first)

@@ -32,7 +32,9 @@ from cpd_fast.comb.calls import (
     out_of_place_tags,
 )
 from cpd_fast.comb.labels import LabelStore
+from cpd_fast.comb.leaves import leaves
 from cpd_fast.comb.planes import Plane, State, collapse, constant_state, freeze_dims, meet, orbit
+from cpd_fast.comb.quick import function_shape, quick_shape
 from cpd_fast.comb.sizes import SIZED_CALLS, sizes_of
 from cpd_fast.comb.values import Values
 from cpd_fast.errors import CpdError, TraceError, UnsupportedOpError
@@ -91,7 +93,7 @@ class Tracer(TorchDispatchMode):
         if known is not None:
             base = t if t._base is None else t._base
             if id(base) in self._written and any(p.zero for p in known.planes):
-                return replace(known, planes=tuple(replace(p, zero=False) for p in known.planes))
+                known = self.states[id(t)] = replace(known, planes=tuple(replace(p, zero=False) for p in known.planes))
             return known
         name = self.tensors.get(id(t))
         if name is not None and not t.is_floating_point() and not t.is_complex():
@@ -262,13 +264,15 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        args, kwargs = tree_map_only(Tensor, self._on_meta, (args, kwargs))
+        if not _all_meta(args) or not _all_meta(kwargs.values()):
+            args, kwargs = tree_map_only(Tensor, self._on_meta, (args, kwargs))
         if "device" in kwargs and kwargs["device"] is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}
         if func is torch.ops.aten._local_scalar_dense.default and (value := self.values.of(args[0])) is not None:
             return value.item()
         try:
-            out = func(*args, **kwargs)
+            out = quick_shape(func, args, kwargs)
+            out = func(*args, **kwargs) if out is None else out
         except CpdError:
             raise
         except (RuntimeError, NotImplementedError) as e:
@@ -300,7 +304,7 @@ class Tracer(TorchDispatchMode):
         return copy_
 
     def _apply(self, op: str, func: Any, call: Call) -> None:
-        outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+        outs = [o for o in leaves(call.out) if isinstance(o, Tensor)]
         if not outs:
             return
         rule = RULES.get(op) or RULES.get(op.rstrip("_"))
@@ -349,6 +353,17 @@ class Tracer(TorchDispatchMode):
         return RULES["unknown"]
 
 
+def _all_meta(values: Iterable[Any]) -> bool:
+    """Whether no tensor among these arguments lies on a real device."""
+    for v in values:
+        if isinstance(v, Tensor):
+            if v.device.type != "meta":
+                return False
+        elif isinstance(v, (list, tuple)) and not _all_meta(v):
+            return False
+    return True
+
+
 class _FunctionWatcher(TorchFunctionMode):
     """Sees calls before they are taken apart: attention that follows head_dim with its scale, composite norms."""
 
@@ -385,37 +400,16 @@ class _FunctionWatcher(TorchFunctionMode):
             if f"function.{name}" not in RULES:
                 return func(*args, **kwargs)
             with tracer.suspended():
-                out = _shape_only(name, args, kwargs)
+                out = function_shape(name, args, kwargs)
                 if out is None:
                     out = func(*args, **kwargs)
             done = Call(name, tuple(args), kwargs, out)
-            outs = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
+            outs = [o for o in leaves(out) if isinstance(o, Tensor)]
             result = RULES[f"function.{name}"](tracer, done)
             tracer.finish(done, outs, result if isinstance(result, list) else [result] * len(outs))
             return out
         finally:
             tracer.function = outer
-
-
-def _shape_only(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The output of a common call where its shape is plain: PyTorch's own meta kernels of these are slow."""
-    if not args or not isinstance(args[0], Tensor) or args[0].device.type != "meta":
-        return None
-    if name == "lstm" and len(args) == 9 and isinstance(args[1], (tuple, list)):
-        hidden, bidirectional = args[1], args[7]
-        width = hidden[0].shape[-1] * (2 if bidirectional else 1)
-        return (args[0].new_empty(*args[0].shape[:-1], width), *(torch.empty_like(h) for h in hidden))
-    x, tensors = args[0], [t for t in tree_leaves((args[1:], kwargs)) if isinstance(t, Tensor)]
-    if any(t.dtype != x.dtype for t in tensors):
-        return None
-    if name == "batch_norm" and x.dim() > 1 and all(t.shape == x.shape[1:2] for t in tensors):
-        return torch.empty_like(x)
-    if name == "layer_norm" and all(t.shape == x.shape[x.dim() - t.dim() :] for t in tensors):
-        shape = tuple(args[1] if len(args) > 1 else kwargs["normalized_shape"])
-        return torch.empty_like(x) if shape == tuple(x.shape[x.dim() - len(shape) :]) else None
-    if name == "linear" and tensors and x.dim() > 1 and x.shape[-1] == tensors[0].shape[1]:
-        return torch.empty(*x.shape[:-1], tensors[0].shape[0], dtype=x.dtype, device="meta")
-    return None
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from cpd_fast.adapters import adapt
 from cpd_fast.comb.meta import clone_to_meta, unwrap
 from cpd_fast.compact.repair import repair, repair_known
 from cpd_fast.compact.replay import Replayer
-from cpd_fast.compact.shrink import Cut, box_shape, make_cut
+from cpd_fast.compact.shrink import Cut, left_shape, make_cut
 from cpd_fast.compact.views import scale_calls
 from cpd_fast.errors import CompactError, PlanError
 from cpd_fast.types import ChannelGraph, PrunePlan, ScaleSite
@@ -114,7 +113,7 @@ def rehearse(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> None:
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         known = graph.tensors.get(name)
         if known is not None:
-            shape = box_shape(functools.reduce(np.logical_and, (alive[m] for m in known.maps)), known.shape)
+            shape = left_shape(known.shape, known.maps, alive)
             value = torch.empty(shape, dtype=t.dtype, device="meta")
             memo[id(t)] = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
     small = clone_to_meta(model, memo, graph.needs_hooks)

@@ -205,7 +205,9 @@ class Left:
         for m in maps:
             if id(m) not in self._cache:
                 keep = self._alive[m]
-                self._cache[id(m)] = m if keep.all() else m[keep].reshape(box_shape(keep))
+                line = max(m.shape, default=1) == m.size  # one dim: what is left of it
+                box = [-1 if s > 1 else 1 for s in m.shape] if line else None
+                self._cache[id(m)] = m if keep.all() else m[keep].reshape(box or box_shape(keep))
             labels = self._cache[id(m)]
             for d, size in enumerate(m.shape):
                 if size > 1:

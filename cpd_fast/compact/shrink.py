@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -83,6 +84,18 @@ def box_shape(keep: np.ndarray, full: tuple[int, ...] | None = None) -> list[int
             box = [*shape[:fast], int(left[0]), *shape[fast:]]
             return box if full is None else [f if k == 1 else b for b, k, f in zip(box, keep.shape, full, strict=True)]
     raise ValueError(f"{int(keep.sum())} of {keep.size} elements remain, which is not a box")
+
+
+def left_shape(shape: tuple[int, ...], maps: tuple[np.ndarray, ...], alive: np.ndarray) -> list[int]:
+    """Shape of what remains of a tensor with these channel maps."""
+    dims = [[d for d, s in enumerate(m.shape) if s > 1] for m in maps]
+    flat = [d for ds in dims for d in ds]
+    if any(len(ds) != 1 for ds in dims) or len(set(flat)) < len(flat):
+        return box_shape(functools.reduce(np.logical_and, (alive[m] for m in maps)), shape)
+    new = list(shape)
+    for (d,), m in zip(dims, maps, strict=True):
+        new[d] = int(np.count_nonzero(alive[m]))
+    return new
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from cpd_fast.comb.leaves import leaves
 from cpd_fast.comb.trace import Call, Tracer
 
 Shape = tuple[int, ...]
@@ -15,7 +15,7 @@ POOLS = "a pooling window or interpolation runs over this axis"
 
 def tensors_of(call: Call) -> list[Tensor]:
     """The tensors among a call's arguments, in order."""
-    return [t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
+    return [t for t in leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
 
 
 def norm_dims(dims: Any, ndim: int) -> list[int]:

@@ -7,9 +7,9 @@ from math import nan
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from cpd_fast.comb.calls import Call, register_rule
+from cpd_fast.comb.leaves import leaves
 from cpd_fast.comb.planes import State, constant_state
 from cpd_fast.comb.rules.common import tensors_of
 from cpd_fast.comb.trace import Tracer
@@ -33,7 +33,7 @@ def pointwise(t: Tracer, call: Call) -> Any:
     pole = POLES.get(name, 0 if name == "pow" and not _exponent(call) >= 1 else len(tensors))
     if pole < len(tensors):
         t.avoid_zero(tensors[pole], name)
-    outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+    outs = [o for o in leaves(call.out) if isinstance(o, Tensor)]
     if not tensors:
         return [constant_state(o.dim()) for o in outs]
     target = tensors[0]

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from cpd_fast.comb.calls import Call, register_rule
+from cpd_fast.comb.leaves import leaves
 from cpd_fast.comb.planes import Plane, State, meet, reshape
 from cpd_fast.comb.rules.common import POOLS, norm_dims, sources_of, tensors_of
 from cpd_fast.comb.rules.elementwise import pointwise
@@ -23,7 +23,7 @@ def native_batch_norm(t: Tracer, call: Call) -> Any:
     """(x, weight, bias, running mean, running variance, training, ...)."""
     training = call.op != "aten._native_batch_norm_legit_no_training" and call.args[5] is True
     state = _batch_norm(t, call.args[0], call.args[1:3], call.args[3:5], training)
-    return [state, *(State() for o in tree_leaves(call.out) if isinstance(o, Tensor))][:-1]
+    return [state, *(State() for o in leaves(call.out) if isinstance(o, Tensor))][:-1]
 
 
 @register_rule("function.batch_norm")
@@ -61,7 +61,7 @@ def layer_norm(t: Tracer, call: Call) -> Any:
     given = (*call.args[2:4], call.kwargs.get("weight"), call.kwargs.get("bias"))
     affine = [p for p in given if isinstance(p, Tensor)]
     t.add_site(x, [p for p in t.state(x).planes if normalised.intersection(p.dims)])
-    outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+    outs = [o for o in leaves(call.out) if isinstance(o, Tensor)]
     state = t.meet(x, *affine, out=outs[0])
     over = [bool(normalised.intersection(p.dims)) and _cleared(t, (*affine, None, None)[1]) for p in state.planes]
     planes = tuple(replace(p, zero=zero) for p, zero in zip(state.planes, over, strict=True))
@@ -116,7 +116,7 @@ def group_norm(t: Tracer, call: Call) -> Any:
 def reduce(t: Tracer, call: Call) -> Any:
     """Over space or tokens the channels stay; over channels the result would change with their number."""
     x = call.args[0]
-    outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+    outs = [o for o in leaves(call.out) if isinstance(o, Tensor)]
     position = 2 if call.op in ("aten.linalg_vector_norm", "aten.norm") else 1
     if call.op in ("aten.max", "aten.min") and len(call.args) > 1 and isinstance(call.args[1], Tensor):
         return pointwise(t, call)
@@ -177,7 +177,7 @@ def recurrent(t: Tracer, call: Call) -> Any:
     """Recurrent layers keep a list of their weights beside the parameters: they stay whole."""
     for x in tensors_of(call):
         t.freeze_all(x, "runs through a recurrent layer, whose gates are rows of one matrix and stay whole")
-    return [State() for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+    return [State() for o in leaves(call.out) if isinstance(o, Tensor)]
 
 
 @register_rule("unknown")
@@ -185,5 +185,5 @@ def unknown(t: Tracer, call: Call) -> Any:
     """An operator without a rule, when the user asked to leave such ones whole."""
     for x in tensors_of(call):
         t.freeze_all(x, f"reaches {call.op}, which has no channel rule")
-    outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+    outs = [o for o in leaves(call.out) if isinstance(o, Tensor)]
     return [State()] * len(outs)

@@ -1,0 +1,109 @@
+"""Attributes are mended where a module fails: few replays, stale caches forgotten, wrong guesses taken back."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+from cpd_fast import comb, compact, masked, random_plan
+from tests.nets import relative_error
+
+replay = importlib.import_module("cpd_fast.compact.replay")
+
+
+class Attention(nn.Module):
+    """Heads and dims in attributes; a table that is cached by the first forward of an instance."""
+
+    def __init__(self, width: int, heads: int, dim: int):
+        super().__init__()
+        self.heads, self.dim, self.all_dim = heads, dim, heads * dim
+        self.qkv, self.proj = nn.Linear(width, 3 * heads * dim), nn.Linear(heads * dim, width)
+        self.bias = nn.Parameter(torch.randn(heads, 1, 1))
+        self.cache = {}
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, self.heads, self.dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias * 2.0
+        attention = (q @ k.transpose(-2, -1) * 0.3 + self.cache["bias"]).softmax(-1)
+        return self.proj((attention @ v).transpose(1, 2).reshape(n, t, self.all_dim))
+
+
+class Stack(nn.Module):
+    def __init__(self, depth: int, width: int = 12, heads: int = 3, dim: int = 8):
+        super().__init__()
+        self.stem = nn.Linear(5, width)
+        self.blocks = nn.ModuleList(Attention(width, heads, dim) for _ in range(depth))
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    count = []
+    run = replay.Replayer.run
+
+    def counted(self, *args):
+        count.append(1)
+        return run(self, *args)
+
+    monkeypatch.setattr(replay.Replayer, "run", counted)
+    return count
+
+
+def build(*args):
+    torch.manual_seed(0)
+    return Stack(*args).double().eval(), torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(1)).double()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 6])
+def test_a_few_replays_mend_any_depth(depth, replays):
+    model, x = build(depth)
+    graph = comb(model, x)
+    assert len(replays) <= 3  # one that mends, one that proves (and one more where calls are resized)
+    dims = [g for g in graph.prunable_groups if g.balance is not None]
+    assert len(dims) >= depth  # the head dims shrink
+    replays.clear()
+    for block in model.blocks:
+        block.cache.clear()
+    plan = random_plan(graph, keep=0.5)
+    small = compact(model, graph, plan)
+    assert len(replays) <= 3
+    with torch.no_grad(), masked(model, graph, plan) as m:
+        for block in model.blocks:
+            block.cache.clear()
+        assert relative_error(m(x), small(x)) < 1e-10
+    for block in small.blocks:
+        assert (block.heads, block.dim, block.all_dim) == (3, 4, 12)
+
+
+def test_equal_numbers_of_different_meaning():
+    """heads == dim: only one of the two attributes may change."""
+    model, x = build(2, 8, 4, 4)
+    graph = comb(model, x)
+    plan = random_plan(graph, keep=0.5)
+    for block in model.blocks:
+        block.cache.clear()
+    small = compact(model, graph, plan)
+    with torch.no_grad(), masked(model, graph, plan) as m:
+        for block in model.blocks:
+            block.cache.clear()
+        assert relative_error(m(x), small(x)) < 1e-10
+    assert {(b.heads, b.dim) for b in small.blocks} == {(4, 2)}
+
+
+def test_the_model_itself_is_left_alone():
+    model, x = build(2)
+    before = {n: dict(vars(m)) for n, m in model.named_modules()}
+    graph = comb(model, x)
+    compact(model, graph, random_plan(graph))
+    for name, m in model.named_modules():
+        assert vars(m).keys() == before[name].keys()
+        assert all(vars(m)[k] is v for k, v in before[name].items())
