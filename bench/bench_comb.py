@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,6 @@ DEPTHS, WIDTHS = (4, 8, 16, 32, 64), (64, 256, 1024, 4096)
 def network(name: str) -> tuple[nn.Module, torch.Tensor]:
     """A timm network with random weights, and its input."""
     import timm
-
-    import conftest  # noqa: F401  (a CUDA build of torchvision imports beside a CPU torch)
 
     return timm.create_model(name, pretrained=False).eval(), torch.randn(1, 3, 224, 224)
 
@@ -165,15 +164,13 @@ def sweep() -> dict[str, dict[str, float]]:
 
 def giant() -> dict[str, Any]:
     """Comb of a network of a thousand million parameters that has no weights, in a process of its own."""
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import bench.bench_comb as b; b._giant()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, __file__, "--giant"], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def _giant() -> None:
     import timm
 
-    import conftest  # noqa: F401
     from cpd_fast import comb
 
     with torch.device("meta"):
@@ -204,4 +201,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    main()
+    import_module("conftest")  # a CUDA build of torchvision imports beside a CPU torch
+    _giant() if "--giant" in sys.argv else main()
