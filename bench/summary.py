@@ -61,7 +61,7 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(f"{run}: {group}")
         for r in members:
             factor = f"{r['best_ms'] / ours:6.2f}x" if ours else " " * 7
-            more = [f"{k} {r[k]}" for k in ("gb_per_s", "times_floor", "peak_units") if k in r]
+            more = [f"{k} {r[k]}" for k in ("gb_per_s", "times_floor", "of_dense", "peak_units") if k in r]
             lines.append(f"  {r['provider']:24} {r['best_ms']:10.3f} ms {factor}  {'  '.join(more)}".rstrip())
     return "\n".join(lines)
 

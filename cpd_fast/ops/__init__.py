@@ -8,6 +8,7 @@ from cpd_fast.ops.channel_kl import channel_kl
 from cpd_fast.ops.channel_sums import ChannelTable, channel_sums
 from cpd_fast.ops.class_kl import class_kl
 from cpd_fast.ops.hutchinson import ReduceTable, hutchinson_reduce, squared_norms
+from cpd_fast.ops.masked_conv import masked_conv2d, masked_linear
 from cpd_fast.ops.rademacher import fill_rademacher_, perturb_, rademacher
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "explain_backend",
     "fill_rademacher_",
     "hutchinson_reduce",
+    "masked_conv2d",
+    "masked_linear",
     "perturb_",
     "rademacher",
     "squared_norms",

@@ -113,6 +113,10 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
     return backend
 
 
+# Ops that have other bodies than the usual four say themselves which one runs.
+EXPLAINERS: dict[str, Callable[..., str]] = {}
+
+
 def explain_backend(op: str, *args: Any) -> str:
     """Say which backend would run ``op`` on these arguments, and why the others do not.
 
@@ -133,6 +137,8 @@ def explain_backend(op: str, *args: Any) -> str:
     tensor = next((a for a in args if isinstance(a, Tensor)), None)
     if tensor is None:
         raise ValueError(f"explain_backend({op!r}): give the arguments of the op, at least one of them a tensor")
+    if op in EXPLAINERS:
+        return EXPLAINERS[op](op, *args)
     chosen = choose(op, tensor)
     detail = f" ({_native().current_isa()})" if chosen == "cpu" else ""  # type: ignore[union-attr]
     lines = [f"{op}: {chosen}{detail}"]
