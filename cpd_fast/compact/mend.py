@@ -49,6 +49,7 @@ class _Mender:
         """Wrap the forwards of custom modules of the copy that is replayed."""
         self._copies = dict(clone.named_modules())
         self._fresh = {name: _contents(module) for name, module in self._copies.items()}
+        self._buffers = {name: dict(module._buffers) for name, module in self._copies.items()}
         for name, module in self._copies.items():
             if not isinstance(module, (*KNOWN, *_CONTAINERS, nn.Identity)):
                 module.forward = self._guarded(name, module, module.forward, tracer)
@@ -84,6 +85,8 @@ class _Mender:
         for name, fresh in self._fresh.items():
             if name == path or name.startswith(prefix):
                 own = self._copies[name].__dict__
+                own["_buffers"].clear()
+                own["_buffers"].update(self._buffers[name])
                 for key in [k for k in own if k not in fresh and k not in _OWN and not holds_sizes(own[k])]:
                     del own[key]
                 for key, value in fresh.items():
@@ -178,11 +181,16 @@ def _contents(module: nn.Module) -> dict[str, Any]:
     return {k: copy.copy(v) if isinstance(v, (dict, list, set)) else v for k, v in own.items()}
 
 
+def _pairs(old: Any, new: Any) -> list[tuple[int, int]]:
+    """Which sizes an edit changes into which: those of a list one by one."""
+    return list(zip(old, new, strict=False)) if isinstance(old, (tuple, list)) else [(old, new)]
+
+
 def _candidates(
     module: nn.Module, edits: list[Edit], wrong: set[tuple[int, int]], most: int
 ) -> Iterator[tuple[Edit, ...]]:
     """Combinations of edits, those first that turn a size that the failing call was given into the one it needs."""
-    likely = [e for e in edits if (getattr(module, e.attribute), e.value) in wrong]
+    likely = [e for e in edits if wrong.intersection(_pairs(getattr(module, e.attribute), e.value))]
     ordered = [*likely, *(e for e in edits if e not in likely)]
     for n in range(1, most + 1):
         for chosen in islice(combinations(ordered, n), MOST_TRIES):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from cpd_fast.compact import compact
-from cpd_fast.errors import TraceError, UnsupportedOpError
+from cpd_fast.errors import TraceError
 from cpd_fast.pipeline import comb
 from cpd_fast.prune import attach_masks, masked
 from cpd_fast.schedule import random_plan
@@ -161,12 +161,93 @@ class Complex(nn.Module):
         return self.out(torch.fft.irfft2(f * torch.view_as_complex(self.filter), s=x.shape[-2:]))
 
 
-def test_complex_tensors_are_exact_or_refused_by_name():
-    model = informative(Complex()).double()
-    with pytest.raises(UnsupportedOpError, match="no channel rule for operator aten"):
-        comb(model, torch.randn(1, 3, 6, 6).double())
-    graph = comb(model, torch.randn(1, 3, 6, 6).double(), on_unknown="freeze")
-    assert not graph.prunable_groups
+def test_complex_tensors():
+    graph, _, small = prove(informative(Complex()).double(), (torch.randn(2, 3, 6, 6).double(),))
+    assert small.conv.out_channels == 4 and small.filter.shape == (6, 4, 2)
+
+
+class Views(nn.Module):
+    """Weights that are views and parts of parameters, and a buffer that follows channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Parameter(torch.randn(2, 8, 3))
+        self.register_buffer("offset", torch.randn(8))
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x):
+        a, b = self.both.unbind(0)
+        return self.out((F.linear(x, a) * F.linear(x, b.view(8, 3)) + self.offset).relu_())
+
+
+def test_views_of_parameters_and_buffers_that_follow_channels():
+    _, _, small = prove(informative(Views()).double(), (torch.randn(4, 3).double(),))
+    assert small.both.shape == (2, 4, 3) and small.offset.shape == (4,)
+
+
+class Sizes(nn.Module):
+    """Sizes in a list, and a table that the first forward caches in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.widths = [6, 8]
+        self.a, self.b, self.out = nn.Linear(3, 6), nn.Linear(6, 8), nn.Linear(8, 2)
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        if len(self.table) != len(x):
+            self.table = torch.linspace(0, 1, len(x)).to(x).view(-1)
+        x = self.a(x).view(-1, 2, self.widths[0] // 2).flatten(1) * self.table[:, None]
+        return self.out(self.b(x).view(-1, self.widths[1]))
+
+
+def test_sizes_in_a_list_and_a_buffer_that_a_forward_replaces():
+    model = informative(Sizes()).double()
+    graph, _, small = prove(model, (torch.randn(4, 3).double(),))
+    assert {g.name for g in graph.prunable_groups} == {
+        "a",
+        "b",
+    } and small.a.out_features == 4 - small.a.out_features % 2
+
+
+class Masked(nn.Module):
+    """A path that depends on numbers alone, and one that depends on data."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data, self.a, self.o = data, nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        steps = torch.arange(x.shape[1])
+        if (steps.diff() == 1).all() and torch.tensor([1, 2]).tolist() == [1, 2]:
+            x = self.a(x)
+        if self.data and (x > 0).any():
+            x = x * 2
+        return self.o(x)
+
+
+def test_paths_that_depend_on_numbers_are_followed_and_those_on_data_refused():
+    x = torch.randn(2, 5, 3).double()
+    graph, _, small = prove(informative(Masked(data=False)).double(), (x,))
+    assert small.a.out_features == 4
+    with pytest.raises(TraceError, match=r"data-dependent control flow.*test_awkward_models.py:\d+.*reads the value"):
+        comb(informative(Masked(data=True)).double(), x)
+
+
+def test_wrappers_of_data_parallel_training(tmp_path):
+    model, x = informative(Residual()).double(), torch.randn(2, 3, 6, 6).double()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for outer in (wrapped, torch.compile(wrapped), nn.DataParallel(model)):
+            graph = comb(outer, x)
+            plan = random_plan(graph, keep=0.5, generator=torch.Generator().manual_seed(0))
+            small = compact(outer, graph, plan)
+            assert type(small) is Residual and graph.fingerprint == comb(model, x).fingerprint
+            with torch.no_grad(), masked(model, graph, plan) as m:
+                assert relative_error(m(x), small(x)) < 1e-12
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_half_precision_and_autocast():

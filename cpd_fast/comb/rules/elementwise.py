@@ -17,6 +17,7 @@ from cpd_fast.comb.trace import Tracer
 
 @register_rule(
     "pointwise",
+    *(f"aten.{n}" for n in "complex polar _conj real imag".split()),
     *(
         f"aten.{n}"
         for n in "where clamp lerp masked_fill bernoulli fill hardswish hardsigmoid silu mish softplus".split()
@@ -65,7 +66,9 @@ def _zero(name: str, tensors: list[Tensor], call: Call) -> str:
         return "any"
     if name in ("div", "fmod", "remainder", *ODD):
         return "first"
-    if name in ("maximum", "minimum", "where", "lerp", "max", "min") or (name in ("add", "sub") and len(tensors) > 1):
+    if name in ("maximum", "minimum", "complex", "where", "lerp", "max", "min") or (
+        name in ("add", "sub") and len(tensors) > 1
+    ):
         return "all"
     if len(tensors) == 1 and name in ("hardtanh", "relu6", "clamp", "clamp_min", "clamp_max"):
         low = call.arg(1, "min_val" if name == "hardtanh" else "min") if name != "clamp_max" else None

@@ -180,6 +180,36 @@ def recurrent(t: Tracer, call: Call) -> Any:
     return [State() for o in leaves(call.out) if isinstance(o, Tensor)]
 
 
+@register_rule("aten._fft_r2c", "aten._fft_c2r", "aten._fft_c2c")
+def fourier(t: Tracer, call: Call) -> State:
+    """Fourier transforms along dims that carry no channels."""
+    return State(
+        t.freeze_dims(call.args[0], set(norm_dims(call.args[1], call.args[0].dim())), "fft over this axis").planes
+    )
+
+
+@register_rule("aten.tril", "aten.triu")
+def triangle(t: Tracer, call: Call) -> State:
+    """Cuts a triangle out of the last two dims."""
+    x = call.args[0]
+    return t.freeze_dims(x, {x.dim() - 2, x.dim() - 1}, "tril or triu over this axis")
+
+
+@register_rule(
+    *(f"aten.{n}" for n in "scatter scatter_add scatter_reduce index_put index_add index_copy index_fill".split()),
+    *(f"aten.{n}" for n in "masked_scatter diag_embed renorm linalg_cross _embedding_bag _euclidean_dist".split()),
+    *(f"aten.{n}" for n in "_cdist_forward _trilinear nonzero masked_select unique_dim".split()),
+)
+def not_followed(t: Tracer, call: Call) -> Any:
+    """Known, but with no map of channels: what it reads stays whole."""
+    for x in tensors_of(call):
+        t.freeze_all(x, f"reaches {call.op.split('.')[1].strip('_')}, which has no channel structure")
+    if call.op.endswith("_"):
+        t.not_zero(call.args[0])
+    outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+    return [State()] * len(outs)
+
+
 @register_rule("unknown")
 def unknown(t: Tracer, call: Call) -> Any:
     """An operator without a rule, when the user asked to leave such ones whole."""

@@ -37,6 +37,21 @@ def permute_dims(t: Tracer, call: Call) -> State:
     return permute(t.state(x), order)
 
 
+@register_rule("aten.view_as_complex")
+def view_as_complex(t: Tracer, call: Call) -> State:
+    """A last dim of real and imaginary part goes."""
+    x = call.args[0]
+    return (
+        _select(t, x, x.dim() - 1, 0) if not _varies(t, x, x.dim() - 1) else t.freeze_all(x, "real and imaginary part")
+    )
+
+
+@register_rule("aten.view_as_real")
+def view_as_real(t: Tracer, call: Call) -> State:
+    """A last dim of real and imaginary part comes."""
+    return State(tuple(p.moved(p.labels[..., None], p.fast) for p in t.state(call.args[0]).planes))
+
+
 @register_rule("aten.expand")
 def expand(t: Tracer, call: Call) -> State:
     """New or stretched dims are constant along their length."""
@@ -299,6 +314,15 @@ def pad(t: Tracer, call: Call) -> State:
         zero = p.zero and not call.arg(2, "value", 0)
         planes.append(Plane(labels, p.fast, zero))
     return State(tuple(planes))
+
+
+@register_rule("function.pad")
+def pad_by_mode(t: Tracer, call: Call) -> State:
+    """F.pad: circular padding is a series of writes in place underneath, and copies what is there."""
+    x, amounts, mode = call.arg(0, "input"), call.arg(1, "pad"), call.arg(2, "mode", "constant")
+    if mode == "constant":
+        return pad(t, Call("aten.constant_pad_nd", (x, amounts, call.arg(3, "value") or 0), {}, call.out))
+    return t.freeze_dims(x, {x.dim() - 1 - i // 2 for i, n in enumerate(amounts) if n}, POOLS)
 
 
 @register_rule("aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle", "aten.native_channel_shuffle")
