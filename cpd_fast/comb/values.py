@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
+
+from cpd_fast.comb.leaves import leaves
 
 LARGEST = 1 << 14  # elements
 FACTORIES = frozenset(f"aten.{n}" for n in "arange zeros ones full eye linspace scalar_tensor".split())
@@ -40,7 +42,7 @@ class Values:
 
     def follow(self, op: str, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Evaluate a call if it depends on known values only."""
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = [t for t in leaves((args, kwargs)) if isinstance(t, Tensor)]
         if func._schema.is_mutable:
             for t in tensors[:1]:
                 self.forget(t)
@@ -50,11 +52,11 @@ class Values:
                 return
         elif op not in FACTORIES:
             return
-        outs = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
+        outs = [o for o in leaves(out) if isinstance(o, Tensor)]
         if torch.Tag.nondeterministic_seeded in func.tags or any(o.numel() > LARGEST for o in outs):
             return
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         args, kwargs = tree_map_only(Tensor, lambda t: self._known[id(t)], (args, kwargs))
-        for o, value in zip(outs, tree_leaves(func(*args, **kwargs)), strict=True):
+        for o, value in zip(outs, leaves(func(*args, **kwargs)), strict=True):
             self.set(o, value)

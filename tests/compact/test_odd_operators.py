@@ -34,6 +34,16 @@ def tokens(x):
     return x.flatten(2).transpose(1, 2)
 
 
+def copied(z, x):
+    z[:, :, ::2].copy_(x[:, :, ::2])
+    return z
+
+
+def zeroed(x, channels):
+    x[:, channels] = 0
+    return x
+
+
 def image(x):
     return x.transpose(1, 2).reshape(2, -1, 8, 8)
 
@@ -86,11 +96,11 @@ EXACT = {
         x.clone())[1].mean(2).view(2, 1, 8, 8), 8, 1, n=nn.Conv2d(8, 8, 1)),
     "circular_padding": Net(lambda s, x: s.n(x), 8, 6, n=nn.Conv2d(8, 6, 3, padding=1, padding_mode="circular")),
     "reflected_padding": Net(lambda s, x: s.n(x), 8, 6, n=nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect")),
-    "fourier_filter": Net(lambda s, x: torch.fft.irfft2(torch.fft.rfft2(x) * torch.view_as_complex(s.f), s=(8, 8)), 8, 8,
-                          f=nn.Parameter(torch.randn(8, 8, 5, 2))),
+    "fourier_filter": Net(lambda s, x: torch.fft.irfft2(torch.fft.rfft2(x) * torch.view_as_complex(s.f), s=(8, 8)),
+                          8, 8, f=nn.Parameter(torch.randn(8, 8, 5, 2))),
     "complex_modulus": Net(lambda s, x: torch.complex(x, s.n(x)).abs(), 8, 8, n=nn.Conv2d(8, 8, 1)),
     "triangle_of_space": Net(lambda s, x: x.tril(), 8, 8),
-    "zeros_like_written": Net(lambda s, x: (lambda z: (z[:, :, ::2].copy_(x[:, :, ::2]), z)[1])(torch.zeros_like(x)), 8, 8),
+    "zeros_like_written": Net(lambda s, x: copied(torch.zeros_like(x), x), 8, 8),
     "halves_swapped": Net(lambda s, x: torch.cat([x[:, x.shape[1] // 2 :], -x[:, : x.shape[1] // 2]], 1) + x, 8, 8),
     "even_and_odd": Net(lambda s, x: torch.stack([-x[:, 1::2], x[:, ::2]], 2).flatten(1, 2) + x, 8, 8),
     "tensor_split": Net(lambda s, x: (lambda t: t[0] * t[1])(x.tensor_split(2, 1)), 8, 4),
@@ -99,9 +109,9 @@ EXACT = {
 FROZEN = {
     "divided_by_channels": (Net(lambda s, x: x / s.n(x).mean((2, 3), keepdim=True), 8, 8, n=nn.Conv2d(8, 8, 1)),
                             "div has a pole"),
-    "written_at_indices": (Net(lambda s, x: (lambda z: (z.__setitem__((slice(None), [0, 3]), 0), z)[1])(x.clone()), 8, 8),
+    "written_at_indices": (Net(lambda s, x: zeroed(x.clone(), [0, 3]), 8, 8),
                            "reaches index_put"),
-    "zeroed_slice": (Net(lambda s, x: (lambda z: (z.__setitem__((slice(None), slice(0, 3)), 0), z)[1])(x.clone()), 8, 8),
+    "zeroed_slice": (Net(lambda s, x: zeroed(x.clone(), slice(0, 3)), 8, 8),
                      "sliced at fixed positions"),
     "sorted": (Net(lambda s, x: x.sort(1)[0], 8, 8), "sort over this axis"),
     "largest": (Net(lambda s, x: x.topk(3, 1)[0], 8, 3), "topk over this axis"),
@@ -110,7 +120,7 @@ FROZEN = {
     "conv_over_channels": (Net(lambda s, x: x * s.k(x.mean((2, 3))[:, None])[:, 0, :, None, None].sigmoid(), 8, 8,
                                k=nn.Conv1d(1, 1, 3, padding=1)), "carries no channels"),
     "bilinear": (Net(lambda s, x: image(s.n(tokens(x), tokens(x))), 8, 5, n=nn.Bilinear(8, 8, 5)), "reaches trilinear"),
-    "resized_over_channels": (Net(lambda s, x: F.interpolate(tokens(x), 12).transpose(1, 2).reshape(2, 12, 8, 8), 8, 12),
+    "resized_over_channels": (Net(lambda s, x: image(F.interpolate(tokens(x), 12)), 8, 12),
                               "interpolation runs over this axis"),
     "einsum_of_cosines": (Net(lambda s, x: torch.einsum("nchw,nchw->nhw", x.cos(), s.n(x).cos())[:, None], 8, 1,
                               n=nn.Conv2d(8, 8, 1)), "neither factor of which is 0"),

@@ -197,8 +197,8 @@ def triangle(t: Tracer, call: Call) -> State:
 
 @register_rule(
     *(f"aten.{n}" for n in "scatter scatter_add scatter_reduce index_put index_add index_copy index_fill".split()),
-    *(f"aten.{n}" for n in "masked_scatter diag_embed renorm linalg_cross _embedding_bag _euclidean_dist".split()),
-    *(f"aten.{n}" for n in "_cdist_forward _trilinear nonzero masked_select unique_dim".split()),
+    *(f"aten.{n}" for n in "masked_scatter diag_embed renorm linalg_cross _embedding_bag".split()),
+    *(f"aten.{n}" for n in "_trilinear nonzero masked_select unique_dim".split()),
 )
 def not_followed(t: Tracer, call: Call) -> Any:
     """Known, but with no map of channels: what it reads stays whole."""
@@ -206,7 +206,7 @@ def not_followed(t: Tracer, call: Call) -> Any:
         t.freeze_all(x, f"reaches {call.op.split('.')[1].strip('_')}, which has no channel structure")
     if call.op.endswith("_"):
         t.not_zero(call.args[0])
-    outs = [o for o in tree_leaves(call.out) if isinstance(o, Tensor)]
+    outs = [o for o in leaves(call.out) if isinstance(o, Tensor)]
     return [State()] * len(outs)
 
 

@@ -40,10 +40,9 @@ def permute_dims(t: Tracer, call: Call) -> State:
 @register_rule("aten.view_as_complex")
 def view_as_complex(t: Tracer, call: Call) -> State:
     """A last dim of real and imaginary part goes."""
-    x = call.args[0]
-    return (
-        _select(t, x, x.dim() - 1, 0) if not _varies(t, x, x.dim() - 1) else t.freeze_all(x, "real and imaginary part")
-    )
+    last = call.args[0].dim() - 1
+    state = t.freeze_dims(call.args[0], {last}, "real and imaginary part")
+    return State(tuple(p.moved(p.labels.squeeze(last), p.fast) for p in state.planes), state.constant - {last})
 
 
 @register_rule("aten.view_as_real")
