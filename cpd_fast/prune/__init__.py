@@ -1,5 +1,6 @@
-"""Run a model as if channels were removed, at its original shapes."""
+"""Run a model as if channels were removed, at its original shapes; and single weights that stay removed."""
 
 from cpd_fast.prune.masked import MaskedModel, MaskHandle, attach_masks, masked
+from cpd_fast.prune.weights import WeightMasks
 
-__all__ = ["MaskHandle", "MaskedModel", "attach_masks", "masked"]
+__all__ = ["MaskHandle", "MaskedModel", "WeightMasks", "attach_masks", "masked"]
