@@ -40,7 +40,7 @@ class CandidateSpace:
         scores: Importance of every channel, fp32 ``(n_channels,)`` by group: which channels a unit keeps.
         target: What may remain: fractions of the dense model up to 1, absolute numbers above 1.
         max_pruning_ratio: Most that a block may lose, in [0, 1]; a number or group name -> number.
-        min_channels: Fewest channels that a block may keep.
+        min_channels: Fewest channels that a block may keep, a number or a share below 1; or group name -> that.
         round_to: Kept channels of a touched block are a multiple of this.
         latency: ``plan -> milliseconds``, needed by ``Target(latency_ms=)``; must not grow when channels go.
 
@@ -73,13 +73,13 @@ class CandidateSpace:
         target: Target,
         *,
         max_pruning_ratio: float | Mapping[str, float] = 0.95,
-        min_channels: int = 1,
+        min_channels: float | Mapping[str, float] = 1,
         round_to: int = 1,
         latency: Latency | None = None,
     ) -> None:
         if not isinstance(target, Target):
             raise PlanError(f"target: expected a Target such as Target(macs=0.5), got {target!r}")
-        _check_arguments(round_to, min_channels, "none", None)
+        _check_arguments(round_to, "none", None)
         self.graph, self.target = graph, target
         arrays = _score_arrays(graph, scores, "none")
         self._whole = graph.alive(None)

@@ -1,0 +1,71 @@
+"""Compaction without the proof, for the thousand candidates of a search: weights are cut and nothing is replayed."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import nn
+
+from cpd_fast.comb.meta import clone_to_meta, unwrap
+from cpd_fast.compact.compact import _check_model, _copy_cut, _owner
+from cpd_fast.compact.repair import repair_known
+from cpd_fast.compact.replay import Replayer
+from cpd_fast.compact.shrink import box_shape, make_cut
+from cpd_fast.types import ChannelGraph, PrunePlan
+
+
+def can_slice(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> bool:
+    """Whether cutting weights is all that compaction of this model takes.
+
+    It is where the layers' own sizes (which follow from their weights) are the only ones in the forward, and nothing
+    has to be rescaled. A forward that stands the test under ``plan`` holds no size of a group that ``plan`` shrinks.
+
+    Args:
+        model: The model that ``graph`` was combed from.
+        graph: Its coupled channel groups.
+        plan: A plan that shrinks every prunable group, by different shares.
+    """
+    alive = graph.alive(plan)
+    if any(not alive[s.channels].all() for s in graph.scale_sites):
+        return False
+    model = unwrap(model)
+    memo: dict[int, object] = {}
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        known = graph.tensors.get(name)
+        if known is not None:
+            shape = box_shape(functools.reduce(np.logical_and, (alive[m] for m in known.maps)), known.shape)
+            value = torch.empty(shape, dtype=t.dtype, device="meta")
+            memo[id(t)] = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
+    small = clone_to_meta(model, memo, graph.needs_hooks)
+    repair_known(small, graph, alive)
+    result = Replayer(small, graph, alive, frozenset()).run()
+    return result.error is None and not result.scales and not result.resizes
+
+
+def sliced(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> nn.Module:
+    """What :func:`compact` returns for models that :func:`can_slice`, without its proof.
+
+    Args:
+        model: The model that ``graph`` was combed from.
+        graph: Its coupled channel groups.
+        plan: Kept channels.
+
+    Returns:
+        A smaller copy, in the mode of ``model``.
+
+    Raises:
+        PlanError: If plan, graph and model do not fit together.
+    """
+    model = unwrap(model)
+    plan.check(graph)
+    _check_model(model, graph)
+    alive = graph.alive(plan)
+    cuts = {n: c for n, t in graph.tensors.items() if (c := make_cut(t, alive)) is not None}
+    small = _copy_cut(model, graph, cuts, {})
+    for hooks in (small._forward_pre_hooks, small._forward_hooks):
+        for key in [k for k, h in hooks.items() if getattr(_owner(h), "dropped_by_compaction", False)]:
+            del hooks[key]
+    repair_known(small, graph, alive)
+    return small
