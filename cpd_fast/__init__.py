@@ -28,6 +28,7 @@ from cpd_fast.score import (
     merge_scores,
     score,
 )
+from cpd_fast.search import Candidate, SearchResult, search
 from cpd_fast.types import ChannelGraph, Cost, CoupledGroup, ParamSlice, PrunePlan, Scores, Target
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ _LAZY = {
 
 __all__ = [
     "BNScale",
+    "Candidate",
     "ChannelGraph",
     "Cost",
     "CoupledGroup",
@@ -74,6 +76,7 @@ __all__ = [
     "Pruner",
     "Random",
     "Scores",
+    "SearchResult",
     "Target",
     "Taylor",
     "attach_masks",
@@ -96,6 +99,7 @@ __all__ = [
     "recipes",
     "save",
     "score",
+    "search",
     "uniform_plan",
 ]
 

@@ -48,5 +48,9 @@ class RunFolderError(CpdError, OSError):
     """A run folder cannot be read or written (permissions, full disk, other command)."""
 
 
+class SearchError(CpdError, RuntimeError):
+    """A candidate search cannot start or go on: bad arguments, storage of another study, locked or gone."""
+
+
 class BackendError(CpdError, RuntimeError):
     """The backend asked for cannot run this call; the message holds the reason."""
