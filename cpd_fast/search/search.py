@@ -84,7 +84,7 @@ def search(
         latency: ``plan -> milliseconds``, needed by ``Target(latency_ms=)``.
         momentum: Of adaptive batch norm: None is the plain average over the batches, 0.1 what the paper's code has.
         execution: How a candidate is run, see :class:`CandidateBuilder`.
-        timeout_s: No candidate begins later than this, in seconds; None is no limit.
+        timeout_s: No candidate begins later than this, in seconds after the study is opened; None is no limit.
         alone: No other process works on this study, so that what an earlier one left running is taken up at once.
         heartbeat_s: Seconds between signs of life; a worker that gives none for three times that is taken for dead.
         storage_timeout_s: How long to wait for a locked SQLite file.
@@ -118,7 +118,6 @@ def search(
         raise SearchError(f"evaluate: expected a function of a model, got {type(evaluate).__name__}")
     model = unwrap(model)
     began = time.monotonic()
-    deadline = None if timeout_s is None else began + timeout_s
     if scores is None:
         scores = score(model, graph, criterion=Magnitude(p=1))
     limits: dict[str, Any] = {
@@ -177,6 +176,7 @@ def search(
                 worker=ranks.name, heartbeat_s=heartbeat_s, storage_timeout_s=storage_timeout_s,
             )  # fmt: skip
         ranks.barrier()  # so that all have a share, also where one is slow to connect
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         study.run(num_candidates, objective, deadline, alone and ranks.count == 1, on_candidate)
     return _result(study, space, builder, time.monotonic() - began)
 
