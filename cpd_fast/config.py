@@ -15,13 +15,16 @@ class ConfigError(CpdError, ValueError):
     """One or more settings are wrong; the message lists every fault."""
 
 
-def _range(default: Any, low: float, high: float, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": text})
+CPD, EAGLEEYE, PRUNE_THEN_DISTILL = RECIPES = ("cpd", "eagleeye", "prune_then_distill")
+
+
+def _range(default: Any, low: float, high: float, text: str, recipes: tuple[str, ...] = RECIPES) -> Any:
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": text, "recipes": recipes})
 
 
 @dataclass(frozen=True)
 class CompressConfig:
-    """Settings of :func:`cpd_fast.recipes.cpd`; counts are training steps (batches).
+    """Settings of the recipes; counts are training steps (batches). :meth:`of_recipe` says which recipe reads which.
 
     Raises:
         ConfigError: If values are out of range; all faults are listed at once.
@@ -36,8 +39,8 @@ class CompressConfig:
     batch_size: int = _range(16, 1, 65536, "images a step")
     teacher_steps: int = _range(200, 0, 10**7, "steps of training before pruning; 0: the model is trained already")
     teacher_lr: float = _range(1.5e-3, 0, 10, "peak learning rate of the teacher")
-    prune_steps: int = _range(60, 1, 10**7, "steps under masks, with distillation")
-    prune_events: int = _range(4, 1, 10**4, "how many times channels are scored and masked during prune_steps")
+    prune_steps: int = _range(60, 1, 10**7, "steps under masks, with distillation", (CPD,))
+    prune_events: int = _range(4, 1, 10**4, "how many times channels are scored and masked during prune_steps", (CPD,))
     finetune_steps: int = _range(80, 0, 10**7, "steps of the compacted network, with distillation")
     student_lr: float = _range(8e-4, 0, 10, "peak learning rate while pruning and fine-tuning")
     weight_decay: float = _range(1e-2, 0, 10, "of AdamW")
@@ -48,10 +51,24 @@ class CompressConfig:
         1, 1e-3, 10**6, "fewest channels that a layer keeps; below 1: the least fraction of it"
     )
     max_pruning_ratio: float = _range(0.95, 0, 1, "largest fraction that a layer may lose")
-    num_probes: int = _range(1, 1, 10**4, "Rademacher probes a batch of the Hessian trace")
-    score_batches: int = _range(4, 1, 10**5, "batches that each scoring looks at")
-    tau: float = _range(1.0, 1e-3, 1e3, "temperature of the distillation loss")
-    distill_weight: float = _range(3.0, 0, 1e4, "weight of the distillation loss beside the task's own")
+    num_probes: int = _range(1, 1, 10**4, "Rademacher probes a batch of the Hessian trace", (CPD,))
+    score_batches: int = _range(4, 1, 10**5, "batches that each scoring looks at", (CPD,))
+    tau: float = _range(1.0, 1e-3, 1e3, "temperature of the distillation loss", (CPD, EAGLEEYE))
+    distill_weight: float = _range(
+        3.0, 0, 1e4, "weight of the distillation loss beside the task's own", (CPD, EAGLEEYE)
+    )
+    candidates: int = _range(100, 1, 10**6, "plans that the search evaluates", (EAGLEEYE,))
+    calibration_batches: int = _range(19, 1, 10**5, "batches of adaptive batch norm", (EAGLEEYE,))
+    search_images: int = _range(2500, 1, 10**7, "pictures of the val split that rank a candidate", (EAGLEEYE,))
+    rounds: int = _range(
+        4, 1, 100, "rounds of pruning the teacher's weights; each takes a fifth", (PRUNE_THEN_DISTILL,)
+    )
+    round_steps: int = _range(100, 1, 10**7, "steps of training after each round", (PRUNE_THEN_DISTILL,))
+    alpha: float = _range(0.95, 0, 1, "share of the teacher in the student's loss", (PRUNE_THEN_DISTILL,))
+    kd_temperature: float = _range(10.0, 1e-3, 1e3, "temperature of the student's loss", (PRUNE_THEN_DISTILL,))
+    inherit: int = _range(
+        0, 0, 1, "1: the student starts from the pruned teacher's weights; 0: from scratch", (PRUNE_THEN_DISTILL,)
+    )
     latency_runs: int = _range(1000, 1, 10**6, "timed forwards of each network")
     checkpoint_every: int = _range(20, 1, 10**6, "steps between checkpoints")
 
@@ -87,6 +104,10 @@ class CompressConfig:
         """Names and values."""
         return dataclasses.asdict(self)
 
+    def of_recipe(self, recipe: str) -> dict[str, Any]:
+        """Names and values of the settings that a recipe reads."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if recipe in f.metadata["recipes"]}
+
 
 # what differs from the defaults for the built-in tasks; measured on two cores, see docs
 CLASSIFICATION: Mapping[str, Any] = {
@@ -99,4 +120,5 @@ CLASSIFICATION: Mapping[str, Any] = {
     "tau": 4.0,
     "distill_weight": 1.0,
     "checkpoint_every": 100,
+    "round_steps": 215,
 }

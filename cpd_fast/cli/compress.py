@@ -101,9 +101,13 @@ def run(
     from cpd_fast.recipes.tasks import default_config
 
     task, defaults = task_of(what)
+    recipe, minutes = what["recipe"], what["minutes"]
+    if recipe == "auto":  # it chooses the steps that are not given
+        defaults = {k: v for k, v in defaults.items() if k not in ("prune_steps", "finetune_steps")}
     settings = {**defaults, **settings}
     config = default_config(task.name, **settings)
-    folder = what["run_dir"] or Path("runs") / f"{task.name}-macs{config.target_macs:g}-seed{config.seed}"
+    name = task.name if recipe == "cpd" else f"{task.name}-{recipe}"
+    folder = what["run_dir"] or Path("runs") / f"{name}-macs{config.target_macs:g}-seed{config.seed}"
     if dry_run:
         print(to_yaml({**what, "run_dir": folder}, config.as_dict()), end="")
         return
@@ -112,11 +116,12 @@ def run(
 
         check_installed()
     known = {k: v for k, v in settings.items() if k != "target_macs"}
-    result = recipes.cpd(
+    result = getattr(recipes, recipe)(
         task,
         target=config.target_macs,
         run_dir=folder,
         command=" ".join(["cpd-fast", *sys.argv[1:]]),
+        **({} if minutes is None else {"minutes": minutes}),
         **known,
     )
     if tensorboard:

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cpd_fast.config import RECIPES as PAPERS
 from cpd_fast.config import CompressConfig, ConfigError
 
-RECIPES = ("cpd",)
+RECIPES = (*PAPERS, "auto")
 WHAT: dict[str, tuple[Any, Any, str]] = {
-    "recipe": (str, "cpd", "how: cpd"),
+    "recipe": (str, "cpd", f"how: {', '.join(RECIPES)}"),
+    "minutes": (float, None, "time that recipe auto chooses by"),
     "model": (str, None, "timm/NAME, smp/DECODER:ENCODER, hf/FOLDER or python.module:function; built-in data have one"),
     "weights": (Path, None, "weights of the model, .safetensors or a PyTorch file of tensors; then teacher_steps is 0"),
     "data": (str, "climate", "climate, fashion-mnist, a folder of pictures, or python.module:function"),
@@ -70,14 +72,17 @@ def check_recipe(asked: Mapping[str, Any], where: str = "recipe") -> tuple[dict[
         if value is None:
             what[name] = default
             continue
-        fits = (str, Path) if kind is Path else (kind,)
-        if not isinstance(value, fits) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
-            word = {str: "text", Path: "a path", int: "a whole number from 1"}[kind]
+        also: dict[Any, tuple[Any, ...]] = {Path: (str, Path), float: (int, float)}
+        fits = also.get(kind, (kind,))
+        if not isinstance(value, fits) or isinstance(value, bool) or (kind in (int, float) and not value > 0):
+            word = {str: "text", Path: "a path", int: "a whole number from 1", float: "a positive number"}[kind]
             faults.append(f"{name}={value!r}: expected {word}")
             continue
         what[name] = Path(value) if kind is Path else value
     if what.get("recipe") not in (*RECIPES, None):
         faults.append(f"recipe={what['recipe']!r}: expected one of {', '.join(RECIPES)}")
+    if (what.get("recipe") == "auto") != (what.get("minutes") is not None):
+        faults.append("minutes: recipe auto needs them, and the others take none")
     if what.get("weights") is not None and not what["weights"].is_file():
         faults.append(f"weights={str(what['weights'])!r}: no such file")
     settings = {k: v for k, v in asked.items() if k in settings_fields() and v is not None}

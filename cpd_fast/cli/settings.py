@@ -7,12 +7,18 @@ import dataclasses
 from rich.console import Console
 from rich.table import Table
 
-from cpd_fast.config import CompressConfig
+from cpd_fast.config import RECIPES, CompressConfig
 
 
 def command() -> None:
     """List the settings of compress --set, with defaults and ranges."""
-    out = Table("setting", "default", "range", "what it is", box=None, pad_edge=False)
+    out = Table("setting", "default", "range", "what it is", "recipes", box=None, pad_edge=False)
     for f in dataclasses.fields(CompressConfig):
-        out.add_row(f.name, str(f.default), f"{f.metadata['low']:g} to {f.metadata['high']:g}", f.metadata["help"])
+        limits = f"{f.metadata['low']:g} to {f.metadata['high']:g}"
+        out.add_row(f.name, str(f.default), limits, f.metadata["help"], _recipes(f))
     Console(highlight=False).print(out)
+
+
+def _recipes(field: dataclasses.Field[object]) -> str:
+    own = field.metadata["recipes"]
+    return "all" if own == RECIPES else ", ".join(own)

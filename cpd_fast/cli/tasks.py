@@ -41,7 +41,7 @@ def task_of(what: Mapping[str, Any]) -> tuple[Task, dict[str, Any]]:
     if source.mean is not None and source.std is not None and len(source.mean) == splits.train.images.shape[1]:
         splits = dataclasses.replace(splits, mean=source.mean, std=source.std)
     _check(source, splits, what["weights"])
-    origin = {k: str(v) for k, v in what.items() if k not in ("recipe", "run_dir") and v is not None}
+    origin = {k: str(v) for k, v in what.items() if k not in ("recipe", "minutes", "run_dir") and v is not None}
     defaults = dict(STRANGER) | ({"teacher_steps": 0} if what["weights"] is not None else {})
     if what["weights"] is None and model.startswith("hf/"):
         defaults["teacher_steps"] = 0  # such a folder holds trained weights

@@ -11,13 +11,14 @@ distillation runs on compacted weights once the target is reached.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,9 @@ from cpd_fast.errors import FileFormatError, RunFolderError
 from cpd_fast.pipeline import comb
 from cpd_fast.prune import attach_masks
 from cpd_fast.recipes.evaluate import evaluate, reestimate_batch_norm
-from cpd_fast.recipes.outcome import finish
+from cpd_fast.recipes.outcome import finish, training_note
 from cpd_fast.recipes.progress import StopRequest, Talk
-from cpd_fast.recipes.run_folder import RunFolder
+from cpd_fast.recipes.run_folder import CHOICE, RunFolder
 from cpd_fast.recipes.tasks import Task, builtin, default_config
 from cpd_fast.recipes.training import (
     adamw,
@@ -120,16 +121,45 @@ def cpd(
         >>> result = cpd.recipes.cpd("climate", target=0.5, run_dir=tempfile.mkdtemp(), seed=0)  # doctest: +SKIP
         >>> result.results.student.miou  # doctest: +SKIP
     """
+    return run_recipe("cpd", CompressRun, task, target, run_dir, data_dir, command, talk, settings)
+
+
+def run_recipe(
+    recipe: str,
+    run_class: type[CompressRun],
+    task: str | Task,
+    target: Target | float,
+    run_dir: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str] | None,
+    command: str | None,
+    talk: Talk | None,
+    settings: Mapping[str, Any],
+    choice: str | None = None,
+) -> Result:
+    """Open the run folder and go through the stages of a recipe; see :func:`cpd` for arguments and errors.
+
+    ``choice`` is a JSON record of why the recipe was chosen, for the folder.
+
+    Raises:
+        RunFolderError: If the target is not one of MACs alone, or the folder cannot be used.
+        KeyboardInterrupt: After Ctrl-C.
+    """
     if isinstance(target, Target):
         if set(target.given) != {"macs"}:
-            raise RunFolderError(f"recipes.cpd: expected Target(macs=...) alone, got {target}")
+            raise RunFolderError(f"recipes.{recipe}: expected Target(macs=...) alone, got {target}")
         target = float(target.given["macs"])
     config = default_config(task if isinstance(task, str) else task.name, target_macs=float(target), **settings)
+    config = dataclasses.replace(config, **run_class.defaults(config, settings))
     loaded = builtin(task, data_dir) if isinstance(task, str) else task
-    asked = {"recipe": "cpd", "task": loaded.name, **loaded.origin, **config.as_dict()}
+    asked = {"recipe": recipe, "task": loaded.name, **loaded.origin, **config.of_recipe(recipe)}
     with RunFolder(run_dir, asked) as folder, StopRequest() as stop:
         with talk or Talk() as voice:
-            run = _Run(loaded, config, folder, voice, stop, command or f"python {' '.join(sys.argv)}")
+            run = run_class(loaded, config, folder, voice, stop, command or f"python {' '.join(sys.argv)}")
+            if choice is not None:
+                folder.write(CHOICE, choice)
+            if (folder.path / CHOICE).exists():
+                run.why = str(folder.read_json(CHOICE).get("why", ""))
+                voice.say(run.why)
             try:
                 return run.go()
             except KeyboardInterrupt:
@@ -140,8 +170,8 @@ def cpd(
 
 
 @dataclass(eq=False)
-class _Run:
-    """One run: the stages in order; each either does its work or finds it done."""
+class CompressRun:
+    """One run of Comb, Prune, Distill: the stages in order; each either does its work or finds it done."""
 
     task: Task
     config: CompressConfig
@@ -153,8 +183,16 @@ class _Run:
     events: list[tuple[int, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     quality: list[tuple[str, int, float, float]] = field(default_factory=list)
+    why: str = ""  # it was chosen
+    after_teacher: ClassVar[str] = "prune"  # the stage
+
+    @classmethod
+    def defaults(cls, config: CompressConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of this recipe that follow from others, where they were not given."""
+        return {}
 
     def go(self) -> Result:
+        """All stages."""
         torch.manual_seed(stage_seed(self.config.seed, "teacher"))
         teacher = self.task.build()
         stage, step, tensors, state = self._resume()
@@ -177,14 +215,28 @@ class _Run:
             self._finetune(teacher, small, optimizer, plan, step, tensors)
             self._batch_norm(small)
             self._save_student(small, graph, plan)
+        return self._end(stage, teacher, graph, plan, self._scores(graph) if stage != "done" else None)
+
+    def _end(
+        self,
+        stage: str,
+        teacher: nn.Module,
+        graph: ChannelGraph,
+        plan: PrunePlan,
+        scores: Scores | None,
+        remarks: tuple[str, ...] | None = None,
+    ) -> Result:
+        """Measure and report, or find that it is done."""
         small = store.load(self.folder.path / "student.safetensors", teacher, graph=graph).eval()
         if stage == "done":
             text = (self.folder.path / "results.json").read_text()
             results = Results.from_json(text, str(self.folder.path / "results.json"))
         else:
+            if self.why:
+                remarks = (self.why, *((training_note(self.config),) if remarks is None else remarks))
             results = finish(
                 self.task, self.config, self.folder, self.talk, graph, plan, teacher.eval(), small,
-                self._scores(graph), self.curve, self.events, self.quality, self.seconds, self.command,
+                scores, self.curve, self.events, self.quality, self.seconds, self.command, remarks,
             )  # fmt: skip
             self._checkpoint("done", 0, {}, {"plan": plan.to_json()})
         return Result(self.folder.path, plan, teacher, small, results, self.folder.path / "report.html")
@@ -210,7 +262,7 @@ class _Run:
 
         self._loop("teacher", "Train the teacher", step, c.teacher_steps, one, teacher, optimizer, {})
         self._write_tensors(TEACHER, teacher.state_dict(), {})
-        self._checkpoint("prune", 0, {}, {})
+        self._checkpoint(self.after_teacher, 0, {}, {})
         return teacher.eval()
 
     def _prune(

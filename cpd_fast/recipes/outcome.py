@@ -38,14 +38,18 @@ def finish(
     plan: PrunePlan,
     teacher: nn.Module,
     student: nn.Module,
-    scores: Scores,
+    scores: Scores | None,
     curve: list[tuple[str, int, float]],
     events: list[tuple[int, float]],
     quality_over_time: list[tuple[str, int, float, float]],
     seconds: dict[str, float],
     command: str,
+    remarks: tuple[str, ...] | None = None,
 ) -> Results:
-    """Evaluate on the test split, export, time, and write ``results.json`` and ``report.html``."""
+    """Evaluate on the test split, export, time, and write ``results.json`` and ``report.html``.
+
+    ``remarks`` say how the two networks were trained, where that is not as :func:`recipes.cpd` does it.
+    """
     data, names, notes = task.data, ("teacher", "student"), []
     networks = dict(zip(names, (teacher, student), strict=True))
     costs = dict(zip(names, (plan_cost(graph, None), plan_cost(graph, plan)), strict=True))
@@ -76,7 +80,7 @@ def finish(
             teacher=_side(costs["teacher"], quality["teacher"], latency["teacher"], folder.path / "teacher.onnx"),
             student=_side(costs["student"], quality["student"], latency["student"], folder.path / "student.onnx"),
             widths=_widths(teacher, student),
-            histograms=_histograms(graph, plan, scores),
+            histograms=() if scores is None else _histograms(graph, plan, scores),
             curve=tuple(curve),
             steps=tuple(events),
             tiles=write_tiles(folder, teacher, student, data),
@@ -89,7 +93,7 @@ def finish(
             settings=folder.read_json("run.json")["settings"],
             command=command,
             environment=environment(),
-            notes=(*_data_notes(task), _training_note(config), *notes),
+            notes=(*_data_notes(task), *((training_note(config),) if remarks is None else remarks), *notes),
             seconds=seconds,
             quality=tuple(quality_over_time),
             memory_mib=peak_memory_mib(),
@@ -157,7 +161,8 @@ def _histograms(graph: ChannelGraph, plan: PrunePlan, scores: Scores) -> tuple[H
     return (everything, *(of(f"{name} ({lost[name]:.0%} removed)", {name}) for name in picked))
 
 
-def _training_note(config: CompressConfig) -> str:
+def training_note(config: CompressConfig) -> str:
+    """How long the two networks of :func:`recipes.cpd` were trained."""
     more = config.prune_steps + config.finetune_steps
     return (
         f"One seed. The teacher was trained for {config.teacher_steps} steps, the student for {more} more from there: "

@@ -21,6 +21,7 @@ except ImportError:  # not on Windows; there, two runs in one folder are not not
     fcntl = None  # type: ignore[assignment]
 
 CHECKPOINT = "checkpoint.safetensors"
+CHOICE = "auto.json"  # which recipe auto chose, and why
 CHECKPOINT_KIND, CHECKPOINT_VERSION = "cpd_fast.checkpoint", 1
 
 

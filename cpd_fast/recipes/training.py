@@ -15,7 +15,7 @@ from cpd_fast.data import augmented_batch
 from cpd_fast.recipes.progress import Bar
 from cpd_fast.recipes.tasks import Task
 
-STAGES = ("teacher", "prune", "finetune")
+STAGES = ("teacher", "prune", "finetune", "search", "rounds")
 
 
 def stage_seed(seed: int, stage: str, step: int = 0) -> int:

@@ -44,10 +44,11 @@ def no_onnx(*_):
     raise BackendError("left out in this test")
 
 
-def run(folder, task=None, quiet=True, **settings):
+def run(folder, task=None, quiet=True, recipe="cpd", **settings):
     with mock.patch.object(outcome, "export_onnx", no_onnx):
         talk = recipes.Talk(quiet=quiet)
-        return recipes.cpd(task or classification(), run_dir=folder, talk=talk, **{**SETTINGS, **settings})
+        run = getattr(recipes, recipe)
+        return run(task or classification(), run_dir=folder, talk=talk, **{**SETTINGS, **settings})
 
 
 def die_at_write(die_at):

@@ -1,0 +1,209 @@
+"""Prune, then Distill (arXiv 2109.14960) as one resumable run.
+
+    teacher -> (prune a fifth of its weights, train again) x rounds -> student with as many weights a layer
+            -> distil from the pruned teacher -> measure, export, report
+
+Departures from the paper: AdamW instead of SGD, as in the other recipes; and where the student shaped by the teacher's
+weights has more MACs than the target, its widths are scaled down together until it meets it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cpd_fast.compact import compact
+from cpd_fast.config import CompressConfig
+from cpd_fast.distill import LogitKL
+from cpd_fast.pipeline import comb
+from cpd_fast.prune import WeightMasks
+from cpd_fast.recipes.comb_prune_distill import CompressRun, Result, run_recipe
+from cpd_fast.recipes.progress import Talk
+from cpd_fast.recipes.tasks import Task
+from cpd_fast.recipes.training import (
+    adamw,
+    batch_of,
+    one_cycle,
+    restore_training_state,
+    stage_seed,
+    train_step,
+    training_state,
+)
+from cpd_fast.report import GROUPS, groups_figure
+from cpd_fast.schedule import CandidateSpace, match_plan, plan_cost
+from cpd_fast.score import Magnitude, score
+from cpd_fast.types import ChannelGraph, PrunePlan, Target
+
+PRUNED = "pruned_teacher.safetensors"
+MASK, FRACTION = "mask.", 0.2
+
+
+def prune_then_distill(
+    task: str | Task = "fashion-mnist",
+    *,
+    target: Target | float = 0.5,
+    run_dir: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str] | None = None,
+    command: str | None = None,
+    talk: Talk | None = None,
+    **settings: Any,
+) -> Result:
+    """Compress a network by Prune, then Distill: single weights of the teacher first, then a student of its shape.
+
+    Each of ``rounds`` takes a fifth of the weights that are left, over all convolutions and linears together, and
+    trains the rest for ``round_steps`` with the learning rate started anew. The student has the teacher's
+    architecture, at widths at which its layers hold as many weights; it learns from the pruned teacher.
+
+    Args:
+        task: ``"climate"``, ``"fashion-mnist"`` or a :class:`Task` of your own.
+        target: Fraction of the MACs that may remain at most, or a ``Target(macs=...)``.
+        run_dir: Folder of the run: created, or resumed if it was made with the same settings.
+        data_dir: Folder of the data, for tasks that can be read from one.
+        command: What the report names as the command that repeats the run.
+        talk: Where progress goes; default: bars on stderr.
+        **settings: Fields of :class:`cpd_fast.config.CompressConfig`, e.g. ``rounds=7``; ``finetune_steps`` are the
+            student's.
+
+    Returns:
+        Plan, networks, numbers and the report's path. ``teacher`` is the unpruned one.
+
+    Raises:
+        RunFolderError: If the folder cannot be written, is in use, or was made with other settings.
+        DataError: If data or pretrained weights are missing or corrupt.
+        ConfigError: If settings are unknown or out of range.
+        PlanError: If the target cannot be reached.
+        KeyboardInterrupt: After Ctrl-C, once the checkpoint is written.
+
+    Source: Park and No, arXiv:2109.14960.
+
+    Example:
+        >>> import tempfile, cpd_fast as cpd
+        >>> cpd.recipes.prune_then_distill("fashion-mnist", run_dir=tempfile.mkdtemp())  # doctest: +SKIP
+    """
+    return run_recipe(
+        "prune_then_distill", PruneThenDistillRun, task, target, run_dir, data_dir, command, talk, settings
+    )
+
+
+class PruneThenDistillRun(CompressRun):
+    """One run of Prune, then Distill: the stages in order; each either does its work or finds it done."""
+
+    after_teacher: ClassVar[str] = "rounds"
+    masks: WeightMasks | None = None
+
+    @classmethod
+    def defaults(cls, config: CompressConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The student starts from scratch: it gets the steps that teacher and student of :func:`cpd` take together."""
+        steps = config.teacher_steps + config.prune_steps + config.finetune_steps
+        return {} if "finetune_steps" in given else {"finetune_steps": steps}
+
+    def go(self) -> Result:
+        """All stages."""
+        torch.manual_seed(stage_seed(self.config.seed, "teacher"))
+        teacher = self.task.build()
+        stage, step, tensors, state = self._resume()
+        teacher = self._teacher(teacher, step if stage == "teacher" else None, tensors)
+        if stage == "teacher":
+            stage, step, tensors = self.after_teacher, 0, {}
+        graph = comb(teacher, self.task.example_inputs())
+        self.folder.write(GROUPS, groups_figure(graph))
+        pruned = copy.deepcopy(teacher)
+        if stage == "rounds":
+            plan = self._rounds(pruned, graph, step, tensors)
+            small, optimizer = self._student(pruned, graph, plan)
+            self._checkpoint("finetune", 0, training_state(small, optimizer), {"plan": plan.to_json()})
+            stage, step, tensors = "finetune", 0, {}
+        else:
+            pruned.load_state_dict(self._read(PRUNED)[0])
+            plan = PrunePlan.from_json(state["plan"])
+            small, optimizer = self._student(pruned, graph, plan)
+        self.folder.write("plan.json", plan.to_json())
+        if stage == "finetune":
+            self._finetune(pruned.eval(), small, optimizer, plan, step, tensors)
+            self._batch_norm(small)
+            self._save_student(small, graph, plan)
+        return self._end(stage, teacher, graph, plan, None, self._remarks(graph, plan))
+
+    # ------------------------------------------------------------------------------------------------------ stages
+    def _rounds(self, pruned: nn.Module, graph: ChannelGraph, step: int, tensors: dict[str, Tensor]) -> PrunePlan:
+        """Prune and train the copy of the teacher, in place; the plan of the student that its weights ask for."""
+        c, loss_of = self.config, self.task.loss()
+        masks = self.masks = WeightMasks(pruned)
+        optimizer: Optimizer = adamw(pruned, c.weight_decay)
+        if step:
+            restore_training_state(pruned, optimizer, tensors)
+            masks.load_state_dict({k.removeprefix(MASK): v for k, v in tensors.items() if k.startswith(MASK)})
+        masks.attach(optimizer)
+
+        def one(step: int) -> float:
+            at = step % c.round_steps
+            if at == 0:
+                masks.prune(FRACTION)
+                optimizer.state.clear()
+            x, y = batch_of(self.task, c.batch_size, c.seed, "rounds", step)
+            lr = one_cycle(c.teacher_lr, at, c.round_steps)
+            return train_step(pruned, optimizer, lr, stage_seed(c.seed, "rounds", step), lambda: loss_of(pruned(x), y))
+
+        self._loop("rounds", "Prune the teacher", step, c.rounds * c.round_steps, one, pruned, optimizer, {})
+        masks.remove()
+        self.masks = None
+        self._write_tensors(PRUNED, pruned.state_dict(), {})
+        plan = match_plan(graph, masks.nonzeros())
+        counts = {g.name: len(plan.get(g.name, range(g.n_channels))) for g in graph.groups}
+        if plan_cost(graph, plan).macs > c.target_macs * plan_cost(graph).macs:
+            space = CandidateSpace(
+                graph, score(pruned, graph, criterion=Magnitude(p=1)), Target(macs=c.target_macs), round_to=c.round_to
+            )
+            ratios = [counts[name] / graph[name].n_channels for name in space.names]
+            plan = space.plan(space.counts(ratios))
+            self.talk.say("The student that the pruned teacher shapes is above the target; its widths are scaled down.")
+        return plan
+
+    def _student(self, pruned: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> tuple[nn.Module, Optimizer]:
+        """The student before training: from scratch as in the paper, or with what it can keep of the teacher."""
+        if self.config.inherit:
+            small = compact(copy.deepcopy(pruned), graph, plan)
+        else:
+            torch.manual_seed(stage_seed(self.config.seed, "finetune"))
+            small = compact(self.task.build(), graph, plan)
+            for module in small.modules():
+                reset = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()  # the starting weights that a layer of this size gets
+        return small, adamw(small, self.config.weight_decay)
+
+    # --------------------------------------------------------------------------------------------------------- parts
+    def _distil_loss(self, teacher: nn.Module, student: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        """``alpha * T^2 KL(teacher || student) + (1 - alpha) * the task's own``."""
+        c, loss_of = self.config, self.task.loss()
+        imitate = LogitKL(temperature=c.kd_temperature, loss_weight=c.alpha)
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            with torch.no_grad():
+                wanted = teacher(x)
+            logits = student(x)
+            return imitate(logits, wanted) + (1 - c.alpha) * loss_of(logits, y)
+
+        return loss
+
+    def _checkpoint(self, stage: str, step: int, tensors: dict[str, Tensor], keep: dict[str, Any]) -> None:
+        if stage == "rounds" and self.masks is not None:
+            tensors = {**tensors, **{f"{MASK}{k}": v.to(torch.uint8) for k, v in self.masks.state_dict().items()}}
+        super()._checkpoint(stage, step, tensors, keep)
+
+    def _remarks(self, graph: ChannelGraph, plan: PrunePlan) -> tuple[str, ...]:
+        c = self.config
+        share = plan_cost(graph, plan).params / plan_cost(graph).params
+        start = "from the pruned teacher's weights" if c.inherit else "from scratch"
+        return (
+            f"Prune, then Distill: {c.rounds} rounds left {(1 - FRACTION) ** c.rounds:.0%} of the teacher's weights; "
+            f"the student has {share:.0%} of its parameters.",
+            f"One seed. The teacher was trained for {c.teacher_steps} steps and {c.rounds} x {c.round_steps} while it "
+            f"was pruned, the student for {c.finetune_steps}, {start}.",
+        )

@@ -1,0 +1,125 @@
+"""EagleEye and Prune-then-Distill from end to end on a task of a second, and killed in the middle."""
+
+import contextlib
+import importlib
+import os
+import signal
+
+import pytest
+import torch
+
+import cpd_fast as cpd
+from cpd_fast.errors import PlanError, RunFolderError
+from cpd_fast.prune import WeightMasks
+from cpd_fast.store import read_tensors
+from cpd_fast.types import PrunePlan
+
+pytest.importorskip("optuna")
+SMALL = {
+    "eagleeye": {"candidates": 5, "calibration_batches": 2, "search_images": 32, "finetune_steps": 4},
+    "prune_then_distill": {"rounds": 2, "round_steps": 3, "finetune_steps": 5, "target": 0.7, "round_to": 1},
+}
+LEFT = ("plan.json", "student.safetensors", "teacher.safetensors", "results.json", "report.html", "run.json")
+
+
+@pytest.fixture(scope="module", params=sorted(SMALL))
+def finished(request, tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / request.param
+    return request.param, tiny.run(folder, recipe=request.param, **SMALL[request.param])
+
+
+def test_run_reaches_the_target_and_leaves_its_files(finished):
+    recipe, result = finished
+    r = result.results
+    assert r.student.macs <= SMALL[recipe].get("target", 0.5) * r.teacher.macs
+    assert all((result.run_dir / name).is_file() for name in LEFT)
+    assert sum(p.numel() for p in result.student.parameters()) == r.student.params
+    assert r.settings["recipe"] == recipe and any(recipe[:5] in n.lower().replace(", then", "_then") for n in r.notes)
+    asked = "candidates" if recipe == "eagleeye" else "rounds"
+    assert asked in r.settings and "prune_events" not in r.settings
+
+
+def in_a_fork(work):
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            work()
+            os._exit(0)
+        os._exit(1)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("die_at", [3, 6, 9, 12])
+def test_kill_9_and_the_same_call_give_the_same_network(finished, tiny, tmp_path, die_at):
+    recipe, whole = finished
+
+    def dying():
+        tiny.die_at_write(die_at)
+        tiny.run(tmp_path / "run", recipe=recipe, **SMALL[recipe])
+
+    assert in_a_fork(dying) == signal.SIGKILL
+    tiny.run(tmp_path / "run", recipe=recipe, **SMALL[recipe])
+    assert PrunePlan.load(tmp_path / "run" / "plan.json") == whole.plan
+    name = "student.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (whole.run_dir / name).read_bytes()
+
+
+def test_finished_run_is_found_finished(finished, tiny):
+    recipe, whole = finished
+    again = tiny.run(whole.run_dir, recipe=recipe, **SMALL[recipe])
+    assert again.plan == whole.plan and again.results == whole.results
+
+
+def test_a_folder_of_another_recipe(finished, tiny):
+    recipe, whole = finished
+    other = next(r for r in SMALL if r != recipe)
+    with pytest.raises(RunFolderError, match=f"recipe: it has '{recipe}', this command asks for '{other}'"):
+        tiny.run(whole.run_dir, recipe=other, **SMALL[other])
+
+
+def test_unreachable_target(tiny, tmp_path):
+    with pytest.raises(PlanError, match="macs=0.01 cannot be reached: the range is"):
+        tiny.run(tmp_path, recipe="eagleeye", **SMALL["eagleeye"], target=0.01)
+
+
+def test_ctrl_c_in_the_search_keeps_its_candidates(tiny, tmp_path, monkeypatch):
+    eagleeye = importlib.import_module("cpd_fast.recipes.eagleeye")  # the package's `eagleeye` is the function
+    calls, evaluate = [], eagleeye.evaluate
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*args)
+
+    monkeypatch.setattr(eagleeye, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run(tmp_path, recipe="eagleeye", **SMALL["eagleeye"])
+    assert len(calls) == 3
+    tiny.run(tmp_path, recipe="eagleeye", **SMALL["eagleeye"])
+    assert len(calls) == 5  # none twice
+
+
+def test_the_pruned_teacher_has_as_many_weights_as_its_rounds_leave(tiny, tmp_path):
+    result = tiny.run(tmp_path, recipe="prune_then_distill", **SMALL["prune_then_distill"])
+    saved, _ = read_tensors(tmp_path / "pruned_teacher.safetensors", "cpd_fast.tensors", 1)
+    names = WeightMasks(result.teacher).nonzeros()
+    left = sum(int((saved[n] != 0).sum()) for n in names)
+    total = sum(saved[n].numel() for n in names)
+    assert left == total - round(0.2 * total) - round(0.2 * (total - round(0.2 * total)))
+
+
+def test_the_student_starts_from_scratch_or_from_the_pruned_teacher(tiny, tmp_path):
+    settings = {**SMALL["prune_then_distill"], "finetune_steps": 0}
+    scratch = tiny.run(tmp_path / "a", recipe="prune_then_distill", **settings)
+    inherited = tiny.run(tmp_path / "b", recipe="prune_then_distill", **settings, inherit=1)
+    saved, _ = read_tensors(tmp_path / "b" / "pruned_teacher.safetensors", "cpd_fast.tensors", 1)
+    pruned = tiny.classification().build()
+    pruned.load_state_dict(saved)
+    graph = cpd.comb(pruned, torch.zeros(1, 1, 16, 16))
+    small = cpd.compact(pruned, graph, inherited.plan)
+    assert scratch.plan == inherited.plan
+    for name, p in small.named_parameters():
+        assert torch.equal(p, inherited.student.get_parameter(name))
+    first = "stem.0.weight"
+    assert not torch.equal(scratch.student.get_parameter(first), inherited.student.get_parameter(first))
