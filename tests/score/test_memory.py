@@ -279,6 +279,7 @@ class UPerNet(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_deit_s_and_upernet_at_512_fit_into_10_gib():
     timm = pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
     model = UPerNet(timm.create_model("deit_small_patch16_224", img_size=512, num_classes=0)).eval()
