@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -18,6 +19,7 @@ from cpd_fast.score.criterion import Context, checked
 
 _RATIO = 8.0  # between the steps that are compared
 _MOST_SHIFTS = 4  # of the three steps, while the best lies at their edge
+_WAITING = 4 * 2**20  # bytes of gradients that wait for one reduction: a call a parameter costs as much as the sums
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Step:
 class Differences:
     """Forward differences of the gradient of one batch's loss.
 
-    Every gradient is reduced the moment autograd has it, and dropped: beside the parameters and their copy nothing of
-    their size is ever held, which is the memory of a plain forward and backward.
+    Gradients are reduced as autograd makes them, a few MiB at a time, and dropped: beside the parameters and their copy
+    nothing of their size is ever held.
 
     Args:
         context: Model and graph.
@@ -94,14 +96,8 @@ class Differences:
         layout = context.layout
         out = torch.zeros(len(probes), layout.n_pieces, dtype=layout.dtype, device=layout.device)
         for part in parts:
-
-            def take(g: Tensor, index: int, share: float = part.weight / self.loss_scale) -> Tensor:
-                g = g.detach()
-                for k, probe in enumerate(probes):
-                    layout.reduce_probe({index: g}, context.probes.seed, probe, out[k], share)
-                return g.new_zeros(()).expand_as(g)  # what is captured in its place holds no memory
-
-            hooks = [p.register_hook(lambda g, i=i: take(g, i)) for i, p in enumerate(context.tensors)]
+            sums = _Sums(context, probes, out, part.weight / self.loss_scale)
+            hooks = [p.register_hook(partial(sums.take, i)) for i, p in enumerate(context.tensors)]
             try:
                 with torch.random.fork_rng(context.cuda_devices):  # the same random numbers every time
                     loss = checked(part.closure())
@@ -110,7 +106,32 @@ class Differences:
                 for hook in hooks:
                     hook.remove()
             context.refuse_unused(found)
+            sums.flush()
         return out
+
+
+class _Sums:
+    """Takes gradients as autograd makes them, and adds ``share * v . g`` to one row of ``out`` a probe."""
+
+    def __init__(self, context: Context, probes: Sequence[int], out: Tensor, share: float) -> None:
+        self._context, self._probes, self._out, self._share = context, probes, out, share
+        self._waiting: dict[int, Tensor] = {}
+        self._bytes = 0
+
+    def take(self, index: int, g: Tensor) -> Tensor:
+        """Hook of parameter number ``index``: what autograd goes on with in place of ``g`` holds no memory."""
+        self._waiting[index] = g.detach()
+        self._bytes += g.numel() * g.element_size()
+        if self._bytes > _WAITING:
+            self.flush()
+        return g.new_zeros(()).expand_as(g)
+
+    def flush(self) -> None:
+        """Reduce what waits."""
+        for row, probe in zip(self._out, self._probes, strict=True):
+            self._context.layout.reduce_probe(self._waiting, self._context.probes.seed, probe, row, self._share)
+        self._waiting.clear()
+        self._bytes = 0
 
 
 @contextmanager

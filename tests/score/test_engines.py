@@ -1,13 +1,17 @@
 """What the engines of HessianTrace promise: which runs and why, when it stops, and where finite differences work."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import cpd_fast as cpd
 from cpd_fast.errors import ScoreError
-from cpd_fast.score import GateHessian, HessianTrace, score
+from cpd_fast.score import GateHessian, HessianTrace, _finite, _layout, _probes, hessian, score
 from cpd_fast.score._finite import Differences
+from cpd_fast.score._layout import Layout
 from cpd_fast.score._moments import Moments
 from cpd_fast.score._parts import Part
 from cpd_fast.score.criterion import Context
@@ -57,6 +61,29 @@ def test_streaming_is_retained_with_a_fresh_graph_a_probe():
     close(fresh, exact, 1e-6)
     assert len(calls) == 3
     assert fresh.info["engine"] == "streaming"
+
+
+@pytest.mark.parametrize("engine", ["retained", "finite_difference"])
+def test_every_body_gives_the_same_scores(monkeypatch, engine):
+    """Same seed, same probes bit for bit; sums differ in their order alone. (CUDA bodies: tests/ops, host model.)"""
+    places = [
+        (_probes, "rademacher"), (_probes, "fill_rademacher_"), (_layout, "hutchinson_reduce"),
+        (_layout, "channel_sums"), (hessian, "squared_norms"), (_finite, "perturb_"),
+    ]  # fmt: skip
+    model, graph = mlp(widths=(5, 6, 3))
+    batch = data(5, classes=3)
+    criterion = HessianTrace(2, engine=engine, signed=True, step=1e-3)
+    scores = {}
+    for backend in ("reference", "cpu", "triton"):
+        if backend == "cpu" and ": cpu" not in cpd.ops.explain_backend("rademacher", torch.empty(1)).splitlines()[0]:
+            continue
+        with monkeypatch.context() as patch:
+            for module, name in places:
+                patch.setattr(module, name, partial(getattr(cpd.ops, name), backend=backend))
+            scores[backend] = score(model, graph, [batch], cross_entropy, criterion)
+    assert "triton" in scores
+    for backend in scores:
+        close(scores[backend], scores["reference"], 1e-5 if engine == "retained" else 2e-3)
 
 
 def test_auto_says_what_it_took_and_why():
@@ -200,8 +227,12 @@ def test_a_distributed_wrapper_is_looked_through(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_gradients_of_a_finite_difference_are_dropped_as_they_come():
-    """Every gradient is reduced inside the backward pass; what autograd hands out holds no memory."""
+def test_gradients_of_a_finite_difference_are_dropped_as_they_come(monkeypatch):
+    """Gradients are reduced inside the backward pass; what autograd hands out holds no memory."""
+    monkeypatch.setattr(_finite, "_WAITING", 1000)
+    reductions = []
+    reduce = Layout.reduce_probe
+    monkeypatch.setattr(Layout, "reduce_probe", lambda self, v, *a: reductions.append(dict(v)) or reduce(self, v, *a))
     model, graph = two_conv()
     context = Context(model, graph)
     batch, kept = data(3, 8, 8, classes=4), []
@@ -217,6 +248,7 @@ def test_gradients_of_a_finite_difference_are_dropped_as_they_come():
     finally:
         torch.autograd.grad = grad
     assert len(kept) == 2 * len(context.tensors)
+    assert len(reductions) >= 4 and sum(len(r) for r in reductions) == len(kept)
     assert all(g.untyped_storage().nbytes() <= 8 for g in kept)
 
 

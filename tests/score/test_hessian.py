@@ -95,11 +95,11 @@ def test_mean_within_its_own_confidence_of_the_full_hessian(net):
     model.double()
     batch = data(*shape, classes=classes)
     truth = true_scores(model, graph, batch)
-    scores = score(model, graph, [batch], cross_entropy, HessianTrace(200, signed=True))
+    scores = score(model, graph, [batch], cross_entropy, HessianTrace(400, signed=True))
     z = torch.cat([(scores[n].double() - truth[n]) / scores.stderr[n].double().clamp(min=1e-12) for n in truth])
     assert z.abs().max() < 4
     assert 0.3 < z.square().mean() < 2  # unbiased, and the standard error is honest
-    assert scores.info["observations"] == 200
+    assert scores.info["observations"] == 400
 
 
 def test_batches_average():
