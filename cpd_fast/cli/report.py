@@ -1,4 +1,4 @@
-"""``cpd-fast report``: the numbers of a run, as a table, a page or JSON."""
+"""``cpd-fast report``: the numbers of one run, or of several side by side, as a table, a page, Markdown or JSON."""
 
 from __future__ import annotations
 
@@ -6,32 +6,66 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from cpd_fast.cli.shared import show_results
+from cpd_fast.cli.shared import as_json, show_results, show_table
 from cpd_fast.errors import RunFolderError
-from cpd_fast.report import Results, write_report
+from cpd_fast.report import (
+    Results,
+    comparison_json,
+    comparison_markdown,
+    render_comparison,
+    to_markdown,
+    write_report,
+)
+from cpd_fast.report.compare import HEAD, cells, rows_of
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
     json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the numbers as Markdown instead.")] = False,
+    out: Annotated[Path, typer.Option(help="The page that compares several runs.")] = Path("comparison.html"),
 ) -> None:
-    """Print the before/after table of a finished run and write its HTML report anew.
+    """Print the before/after table of a finished run and write its HTML report anew; compare several runs.
 
     Raises:
-        RunFolderError: If the run is not finished or its folder cannot be written.
+        RunFolderError: If a run is not finished or the page cannot be written.
     """
+    read = [(run.resolve().name, _results(run)) for run in runs]
+    if len(read) == 1:
+        _one(runs[0], read[0][1], json, markdown)
+        return
+    if json:
+        as_json(comparison_json(read))
+    elif markdown:
+        print(comparison_markdown(read), end="")
+    else:
+        try:
+            out.write_text(render_comparison(read))
+        except OSError as e:
+            raise RunFolderError(f"{out}: cannot be written: {e.strerror}; give another --out") from e
+        show_table(HEAD, cells(rows_of(read)))
+        Console(highlight=False).print(f"\nReport: {out.resolve()}", soft_wrap=True)
+
+
+def _results(run: Path) -> Results:
     path = run / "results.json"
     if not path.is_file():
         raise RunFolderError(f"{run}: holds no results.json; the run is not finished, run its command again")
-    results = Results.from_json(path.read_text(), str(path))
+    return Results.from_json(path.read_text(), str(path))
+
+
+def _one(run: Path, results: Results, json: bool, markdown: bool) -> None:
     if json:
-        print(results.to_json())
-        return
-    try:
-        page = write_report(results, run)
-    except OSError as e:
-        raise RunFolderError(
-            f"{run}: report.html cannot be written: {e.strerror}; choose a folder you may write"
-        ) from e
-    show_results(results, page)
+        as_json(results.to_json())
+    elif markdown:
+        print(to_markdown(results), end="")
+    else:
+        try:
+            page = write_report(results, run)
+        except OSError as e:
+            raise RunFolderError(
+                f"{run}: report.html cannot be written: {e.strerror}; choose a folder you may write"
+            ) from e
+        show_results(results, page)

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
+from cpd_fast.report.charts import class_changes, quality_over_training
 from cpd_fast.report.results import Histogram, Results, Side, table
 
 PAGE = Path(__file__).with_name("page.css")
 GROUPS = "groups.html"  # in a run folder: the drawing of the groups, a piece of HTML
+MOST_CLASSES = 40  # of which the page shows each one
 MAX_POINTS = 240  # of a curve
 
 
@@ -48,6 +50,13 @@ def render(results: Results, folder: str | os.PathLike[str] | None = None) -> st
     parts = [
         _headline(r),
         _section("Before and after", _table(r), _latency_text(r)),
+        _section(
+            "Classes, the largest loss first",
+            _legend(("before", "dense"), ("after, not worse", "kept"), ("after, worse", "gone")),
+            class_changes(r),
+        )
+        if 1 < len(r.classes) <= MOST_CLASSES
+        else "",
         _section("What it sees", *_tiles(r, folder)) if r.tiles else "",
         _section("Width of every layer", _legend(("before", "dense"), ("after", "kept")), _widths(r)),
         _section(
@@ -60,16 +69,21 @@ def render(results: Results, folder: str | os.PathLike[str] | None = None) -> st
         if r.histograms
         else "",
         _section("Channels that only go together", figure) if (figure := _groups(folder)) else "",
-        _section("Training", _curve(r)) if r.curve else "",
+        _section("Training", quality_over_training(r), _curve(r)) if r.curve else "",
         _section("How it was made", *_made(r)),
     ]
     title = f"{r.model} on {r.task}: {_times(r.teacher.macs, r.student.macs)} fewer MACs"
+    return document(title, "".join(parts))
+
+
+def document(title: str, body: str) -> str:
+    """A self-contained page: inline styles, no network."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(title)}</title><style>{PAGE.read_text()}</style></head>\n"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
@@ -254,6 +268,7 @@ def _made(r: Results) -> list[str]:
         "Command": f"<code>{escape(r.command)}</code>",
         "Settings": escape(settings),
         "Time": escape(", ".join(f"{k} {v:.0f} s" for k, v in r.seconds.items())),
+        "Memory": "" if r.memory_mib is None else f"peak {r.memory_mib:.0f} MiB, the measurements at the end included",
         "Versions": escape(
             ", ".join(f"{k} {v}" for k, v in r.environment.items() if k not in ("device", "threads", "system"))
         ),
