@@ -57,8 +57,10 @@ class Differences:
     def products(self, probes: Sequence[int], step: float) -> Iterator[Tensor]:
         """``v . (H v)`` summed to pieces ``(n_pieces,)``, for each probe."""
         before = self._reduced(self.parts, probes)
+        # Memory for one copy, used by all probes: fresh pages cost more than the copy.
+        copies = [torch.empty_like(t.detach()) for t in self.context.tensors]
         for k, probe in enumerate(probes):
-            with moved(self.context, probe, step):
+            with moved(self.context, probe, step, copies):
                 (after,) = self._reduced(self.parts, [probe])
             yield (after - before[k]) / step
 
@@ -117,6 +119,7 @@ class _Sums:
         self._context, self._probes, self._out, self._share = context, probes, out, share
         self._waiting: dict[int, Tensor] = {}
         self._bytes = 0
+        self._zero: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def take(self, index: int, g: Tensor) -> Tensor:
         """Hook of parameter number ``index``: what autograd goes on with in place of ``g`` holds no memory."""
@@ -124,7 +127,13 @@ class _Sums:
         self._bytes += g.numel() * g.element_size()
         if self._bytes > _WAITING:
             self.flush()
-        return g.new_zeros(()).expand_as(g)
+        return self._zeros(g).expand(g.shape)
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        key = (like.dtype, like.device)
+        if key not in self._zero:
+            self._zero[key] = like.new_zeros(())
+        return self._zero[key]
 
     def flush(self) -> None:
         """Reduce what waits."""
@@ -177,10 +186,12 @@ def _balance(lower: float, upper: float) -> tuple[float, float]:
 
 
 @contextmanager
-def moved(context: Context, probe: int, step: float) -> Iterator[None]:
-    """Parameters at ``w + step * v``; restored bit for bit, also when interrupted."""
-    tensors = context.tensors
-    saved = [t.detach().clone() for t in tensors]
+def moved(context: Context, probe: int, step: float, copies: Sequence[Tensor] | None = None) -> Iterator[None]:
+    """Parameters at ``w + step * v``; restored bit for bit, also when interrupted. ``copies``: memory for that."""
+    # .data: no new version, so graphs that hold these weights stay valid
+    tensors = [t.data for t in context.tensors]
+    saved = [torch.empty_like(t) for t in tensors] if copies is None else list(copies)
+    torch._foreach_copy_(saved, tensors)
     try:
         perturb_(tensors, step, context.probes.seed, probe)
         yield
@@ -188,8 +199,7 @@ def moved(context: Context, probe: int, step: float) -> Iterator[None]:
         interrupt: KeyboardInterrupt | None = None
         while True:
             try:
-                for t, s in zip(tensors, saved, strict=True):
-                    t.data.copy_(s)  # .data: no new version, so graphs that hold these weights stay valid
+                torch._foreach_copy_(tensors, saved)
                 break
             except KeyboardInterrupt as e:  # a second Ctrl-C: restore first, then obey
                 interrupt = e
