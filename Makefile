@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint zoo bench clean
+.PHONY: demo test lint zoo bench docs wheel clean
 
 demo: .venv/demo.ok
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/cpd-fast compress --demo $(if $(DATA),--data $(DATA))
@@ -29,10 +29,18 @@ NATIVE := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml con
 .venv/demo.ok: EXTRAS = train,export
 .venv/test.ok: EXTRAS = test
 .venv/zoo.ok: EXTRAS = test,zoo
+.venv/docs.ok: EXTRAS = docs
 .venv/%.ok: $(NATIVE)
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
+
+docs: .venv/docs.ok
+	$(BIN)/mkdocs build --strict --quiet
+
+# A CPU-only wheel and, where nvcc is, one with CUDA code; each is installed in a clean environment and used there.
+wheel:
+	bash bench/wheel.sh $(PYTHON)
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -30,6 +30,7 @@ from cpd_fast.score import (
 )
 from cpd_fast.search import Candidate, SearchResult, search
 from cpd_fast.types import ChannelGraph, Cost, CoupledGroup, ParamSlice, PrunePlan, Scores, Target
+from cpd_fast.version import __version__
 
 if TYPE_CHECKING:
     from cpd_fast import recipes
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from cpd_fast.schedule import Greedy, OneGroup
     from cpd_fast.store import load, save
     from cpd_fast.timing import LatencyTable, compare_latency, latency, plan_for_latency
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "Pruner": "pruner",
@@ -101,6 +100,7 @@ __all__ = [
     "score",
     "search",
     "uniform_plan",
+    "__version__",
 ]
 
 
