@@ -265,13 +265,18 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("workloads", nargs="*", default=[*WORKLOADS, "fisher"])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", choices=PROBES, help="measure this one and a training step again, keep the rest")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     results = {"threads": 1, "dtype": "fp32", "torch": torch.__version__, "machine": platform.machine()}
     for name in asked.workloads:
         if asked.json and asked.json.exists():
             results |= json.loads(asked.json.read_text())
-        results[name] = measure_fisher() if name == "fisher" else measure(name)
+        if asked.only:
+            again = milliseconds({k: PROBES[k] for k in ("training_step", asked.only)}, make(name), passes=4)
+            results[name][f"{asked.only}_over_step"] = again[asked.only] / again["training_step"]
+        else:
+            results[name] = measure_fisher() if name == "fisher" else measure(name)
         print(name, json.dumps(results[name], indent=1), flush=True)
         if asked.json:
             asked.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -57,10 +57,9 @@ class Differences:
     def products(self, probes: Sequence[int], step: float) -> Iterator[Tensor]:
         """``v . (H v)`` summed to pieces ``(n_pieces,)``, for each probe."""
         before = self._reduced(self.parts, probes)
-        # Memory for one copy, used by all probes: fresh pages cost more than the copy.
-        copies = [torch.empty_like(t.detach()) for t in self.context.tensors]
+        saved = [t.detach().clone() for t in self.context.tensors]  # once: they are the same after every probe
         for k, probe in enumerate(probes):
-            with moved(self.context, probe, step, copies):
+            with moved(self.context, probe, step, saved):
                 (after,) = self._reduced(self.parts, [probe])
             yield (after - before[k]) / step
 
@@ -186,12 +185,11 @@ def _balance(lower: float, upper: float) -> tuple[float, float]:
 
 
 @contextmanager
-def moved(context: Context, probe: int, step: float, copies: Sequence[Tensor] | None = None) -> Iterator[None]:
-    """Parameters at ``w + step * v``; restored bit for bit, also when interrupted. ``copies``: memory for that."""
+def moved(context: Context, probe: int, step: float, saved: list[Tensor] | None = None) -> Iterator[None]:
+    """Parameters at ``w + step * v``; restored bit for bit, also when interrupted, from ``saved`` (None: a copy)."""
     # .data: no new version, so graphs that hold these weights stay valid
     tensors = [t.data for t in context.tensors]
-    saved = [torch.empty_like(t) for t in tensors] if copies is None else list(copies)
-    torch._foreach_copy_(saved, tensors)
+    saved = [t.clone() for t in tensors] if saved is None else saved
     try:
         perturb_(tensors, step, context.probes.seed, probe)
         yield
