@@ -46,3 +46,32 @@ def channel_sums(
     is_double: bool,
     num_threads: int,
 ) -> None: ...
+def masked_depthwise(
+    dtype: int,
+    input: int,
+    weight: int,
+    bias: int,
+    output: int,
+    lists: tuple[list[int], list[int], list[int]],
+    sizes: list[int],
+    num_threads: int,
+) -> None: ...
+def masked_depthwise_input(
+    dtype: int,
+    doutput: int,
+    weight: int,
+    dinput: int,
+    lists: tuple[list[int], list[int], list[int]],
+    sizes: list[int],
+    num_threads: int,
+) -> None: ...
+def masked_depthwise_weight(
+    dtype: int,
+    doutput: int,
+    input: int,
+    dweight: int,
+    dbias: int,
+    lists: tuple[list[int], list[int], list[int]],
+    sizes: list[int],
+    num_threads: int,
+) -> None: ...

@@ -12,7 +12,8 @@
 
 namespace py = pybind11;
 
-void bind_hutchinson(py::module_& m);  // bindings_hutchinson.cpp
+void bind_hutchinson(py::module_& m);   // bindings_hutchinson.cpp
+void bind_masked_conv(py::module_& m);  // bindings_masked_conv.cpp
 
 namespace {
 
@@ -150,6 +151,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("scale_rows", &scale_rows, no_gil);
   m.def("resized_kl", &resized_kl, no_gil);
   bind_hutchinson(m);
+  bind_masked_conv(m);
 #ifdef CPD_WITH_CUDA
   m.def("channel_kl_cuda", &channel_kl_cuda, no_gil);
   m.def("channel_kl_cuda_scratch", [](int dtype, int64_t outer, int64_t reduce, int64_t inner) {

@@ -7,12 +7,18 @@
 
 #include "channel_kl.h"
 #include "hutchinson.h"
+#include "masked_depthwise.h"
 
 // Each op names its bodies once here; a new op adds one line to each of the two lists.
-#define CPD_FOR_EACH_OP(X) \
-  X(channel_kl, ChannelKl) \
-  X(scale_rows, ScaleRows) \
-  X(resized_kl, ResizedKl) X(rademacher, Rademacher) X(hutchinson_reduce, HutchinsonReduce) X(channel_sums, ChannelSums)
+#define CPD_FOR_EACH_OP(X)               \
+  X(channel_kl, ChannelKl)               \
+  X(scale_rows, ScaleRows)               \
+  X(resized_kl, ResizedKl)               \
+  X(rademacher, Rademacher)              \
+  X(hutchinson_reduce, HutchinsonReduce) \
+  X(channel_sums, ChannelSums)           \
+  X(masked_depthwise, MaskedDepthwise)   \
+  X(masked_depthwise_input, MaskedDepthwise) X(masked_depthwise_weight, MaskedDepthwise)
 
 namespace cpd {
 

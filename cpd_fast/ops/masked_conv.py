@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cpd_fast.errors import BackendError, ShapeError
-from cpd_fast.ops import _dispatch
+from cpd_fast.ops import _depthwise, _dispatch
 
 Keep = Tensor | Sequence[int] | None
 _Pair = tuple[int, int]
@@ -162,8 +162,8 @@ def _select(x: Tensor, dim: int, wanted: tuple[int, ...], present: tuple[int, ..
     places = wanted if at is None else tuple(at[c] for c in wanted)
     index = _index(places, x.device)
     if dim == 1 and _is_channels_last(x):
-        return x.permute(0, 2, 3, 1).index_select(3, index).permute(0, 3, 1, 2)
-    return x.index_select(dim, index)
+        return _Take.apply(x.permute(0, 2, 3, 1), 3, index).permute(0, 3, 1, 2)
+    return _Take.apply(x, dim, index)
 
 
 def _spread(parts: list[tuple[tuple[int, ...], Tensor]], dim: int, held: tuple[int, ...]) -> Tensor:
@@ -185,6 +185,40 @@ def _spread(parts: list[tuple[tuple[int, ...], Tensor]], dim: int, held: tuple[i
         else:
             result = result.index_copy(dim, index, part)
     return result
+
+
+class _Take(torch.autograd.Function):
+    """``index_select`` of different indices: its gradient is a copy into zeros, which costs half of adding to them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.dim, ctx.shape = dim, x.shape
+        return x.index_select(dim, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        zeros = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
+        return zeros.index_copy(ctx.dim, index, grad), None, None
+
+
+class _TakeColumns(torch.autograd.Function):
+    """For every row of a convolution's weight columns of its own, each at most once."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(columns)
+        ctx.shape = weight.shape
+        rows = torch.arange(len(weight), device=weight.device)[:, None]
+        return weight[rows, columns]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (columns,) = ctx.saved_tensors
+        rows = torch.arange(ctx.shape[0], device=grad.device)[:, None]
+        zeros = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
+        return zeros.index_put((rows.expand_as(columns), columns), grad), None
 
 
 class _Zeros(torch.autograd.Function):
@@ -268,9 +302,10 @@ def _compact_conv2d(
             parts.append((bucket.outputs, part if b is None else part + b.to(part.dtype).reshape(1, -1, 1, 1)))
             continue
         w = _select(weight, 0, bucket.weight_rows, None, out_channels)
-        if bucket.weight_columns:
-            index = _index(bucket.weight_columns, w.device).reshape(len(w), -1, 1, 1)
-            w = w.gather(1, index.expand(-1, -1, *w.shape[2:]))
+        if bucket.weight_columns and groups == 1:
+            w = _select(w, 1, bucket.inputs, None, in_channels)
+        elif bucket.weight_columns:
+            w = _TakeColumns.apply(w, _index(bucket.weight_columns, w.device).reshape(len(w), -1))
         if _is_channels_last(weight):
             w = w.contiguous(memory_format=torch.channels_last)
         seen = _select(x, 1, bucket.inputs, in_keep if compact_input else None, in_channels)
@@ -280,6 +315,44 @@ def _compact_conv2d(
         return _spread([(outputs, part.to(dtype)) for outputs, part in parts], 1, held)
     zeros = _Zeros.apply((shape[0], len(held), *shape[2:]), x, weight, bias)
     return zeros + _spread(parts, 1, held) if parts else zeros
+
+
+def _native_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_keep: tuple[int, ...] | None,
+    in_keep: tuple[int, ...] | None,
+    geometry: tuple[_Pair, _Pair, _Pair, int],
+    compact_input: bool,
+    compact_output: bool,
+) -> Tensor:
+    """Planes that are alive on both sides are convolved where they are; those without an input give their bias."""
+    stride, padding, dilation, channels = geometry
+    everything = tuple(range(channels))
+    outputs, inputs = out_keep if out_keep is not None else everything, in_keep if in_keep is not None else everything
+    places, lonely, held = _planes(outputs, inputs, channels, compact_input, compact_output)
+    if not places[0] or not len(x):  # nothing to convolve: no memory to point at
+        return _compact_conv2d(x, weight, bias, out_keep, in_keep, geometry, compact_input, compact_output)
+    size = _out_size(x, weight, stride, padding, dilation)
+    y: Tensor = _depthwise.Depthwise.apply(x, weight, bias, places, size, held, (stride, padding, dilation))
+    if lonely[0] and bias is not None:
+        part = bias[_index(lonely[1], x.device)].reshape(1, -1, 1, 1).expand(len(x), -1, *size)
+        y = y.index_copy(1, _index(lonely[0], x.device), part)
+    return y
+
+
+@functools.lru_cache(maxsize=4096)
+def _planes(
+    outputs: tuple[int, ...], inputs: tuple[int, ...], channels: int, compact_input: bool, compact_output: bool
+) -> tuple[tuple[list[int], list[int], list[int]], tuple[tuple[int, ...], tuple[int, ...]], int]:
+    """Where live channels are in x, the result and the weight; outputs without an input; channels of the result."""
+    read = {c: i for i, c in enumerate(inputs)} if compact_input else {c: c for c in inputs}
+    written = {c: i for i, c in enumerate(outputs)} if compact_output else {c: c for c in outputs}
+    live = [c for c in outputs if c in read]
+    lonely = tuple(c for c in outputs if c not in read)
+    places = ([read[c] for c in live], [written[c] for c in live], live)
+    return places, (tuple(written[c] for c in lonely), lonely), len(outputs) if compact_output else channels
 
 
 def _out_size(x: Tensor, weight: Tensor, stride: _Pair, padding: _Pair, dilation: _Pair) -> list[int]:
@@ -307,21 +380,36 @@ def _check_lists(op: str, keeps: dict[str, tuple[Keep, int]], x: Tensor, *tensor
             _check_keep(op, name, keep, channels, x.device)
 
 
-def _choose(op: str, backend: str | None, *tensors: Tensor) -> str:
-    reason = _why_not_compact(*tensors)
-    if backend not in (None, "compact", "reference"):
-        raise BackendError(f"{op}: unknown backend {backend!r}; choose one of compact, reference")
-    if backend == "compact" and reason:
-        raise BackendError(f"{op}: backend 'compact' {reason}")
-    return backend or ("reference" if reason else "compact")
+def _choose(op: str, backend: str | None, why_not_cpu: str | None, *tensors: Tensor) -> str:
+    """Name the body that runs: cpu, compact or reference.
+
+    Raises:
+        BackendError: If the one asked for does not exist or cannot run this call.
+    """
+    compact = _why_not_compact(*tensors)
+    reasons = {"cpu": compact or why_not_cpu, "compact": compact, "reference": None}
+    if backend is None:
+        return next(name for name, reason in reasons.items() if reason is None)
+    if backend not in reasons:
+        raise BackendError(f"{op}: unknown backend {backend!r}; choose one of {', '.join(reasons)}")
+    if reasons[backend]:
+        raise BackendError(f"{op}: backend {backend!r} {reasons[backend]}")
+    return backend
 
 
 def _explain(op: str, *args: Any) -> str:
     tensors = [a for a in args if isinstance(a, Tensor)]
-    reason = _why_not_compact(*tensors)
-    if reason:
-        return f"{op}: reference\n  not compact: {reason}"
-    return f"{op}: compact (the library's kernels on weights without masked channels)\n  not reference: comes later"
+    compact = "compact (the library's kernels on weights without masked channels)"
+    if reason := _why_not_compact(*tensors):
+        return f"{op}: reference\n  not cpu: {reason}\n  not compact: {reason}"
+    numbers = [a for a in args if isinstance(a, int)]
+    if op == "masked_linear" or len(tensors) < 2:
+        return f"{op}: {compact}\n  not cpu: is for depthwise layers\n  not reference: comes later in the order"
+    x, weight = tensors[:2]
+    groups = numbers[-1] if len(args) > 6 else 1
+    if reason := _depthwise.why_not(x, weight, None, groups):
+        return f"{op}: {compact}\n  not cpu: {reason}\n  not reference: comes later in the order"
+    return f"{op}: cpu ({_dispatch._native().current_isa()})\n  not compact, reference: come later in the order"  # type: ignore[union-attr]
 
 
 for _name in ("masked_conv2d", "masked_linear"):
@@ -363,7 +451,8 @@ def masked_conv2d(
         compact_input: ``x`` holds the live channels only, in order: shape ``(N, len(in_keep), H, W)``. Between coupled
             layers this saves the copy that taking them out costs.
         compact_output: So shall the result.
-        backend: ``None``, ``"compact"`` or ``"reference"``; see :func:`explain_backend`.
+        backend: ``None`` (the first that can run), ``"cpu"`` (depthwise layers), ``"compact"`` or ``"reference"``; see
+            :func:`explain_backend`.
 
     Returns:
         Shape ``(N, C_out, H_out, W_out)``, masked channels exactly 0; with ``compact_output`` the live ones only.
@@ -385,15 +474,22 @@ def masked_conv2d(
     in_channels = weight.shape[1] * groups
     x, padding = _explicit_padding(op, x, weight, stride, padding, dilation)
     geometry = (_pair(op, "stride", stride, 1), padding, _pair(op, "dilation", dilation, 1), groups)
+    if min(_out_size(x, weight, *geometry[:3])) < 1:
+        raise ShapeError(
+            f"{op}: a kernel of {tuple(weight.shape[2:])} with dilation {geometry[2]} does not fit an input of shape "
+            f"{tuple(x.shape)} with padding {geometry[1]}"
+        )
     tensors = [t for t in (x, weight, bias) if t is not None]
-    if _choose(op, backend, *tensors) == "compact":
+    chosen = _choose(op, backend, _depthwise.why_not(x, weight, bias, groups), *tensors)
+    if chosen != "reference":
         outputs = _kept(op, "out_keep", out_keep, weight.shape[0], x.device)
         inputs = _kept(op, "in_keep", in_keep, in_channels, x.device)
         live = None if not compact_input or inputs is None else len(inputs)
         _check_input(op, x, weight, bias, in_channels, live)
-        if outputs is None and inputs is None:
+        if outputs is None and inputs is None and backend is None:
             return F.conv2d(x, weight, bias, *geometry)
-        return _compact_conv2d(x, weight, bias, outputs, inputs, geometry, compact_input, compact_output)
+        body = _native_depthwise if chosen == "cpu" else _compact_conv2d
+        return body(x, weight, bias, outputs, inputs, geometry, compact_input, compact_output)
     _check_lists(op, {"out_keep": (out_keep, weight.shape[0]), "in_keep": (in_keep, in_channels)}, *tensors)
     x = _widen(x, 1, in_keep, in_channels) if compact_input else x
     _check_input(op, x, weight, bias, in_channels, None)
@@ -484,7 +580,7 @@ def masked_linear(
         raise ShapeError(f"{op}: expected input (..., F) and weight of 2 dims, got {x.dim()} and {weight.dim()} dims")
     out_features, in_features = weight.shape
     tensors = [t for t in (x, weight, bias) if t is not None]
-    if _choose(op, backend, *tensors) == "reference":
+    if _choose(op, backend, "is for depthwise convolutions", *tensors) == "reference":
         _check_lists(op, {"out_keep": (out_keep, out_features), "in_keep": (in_keep, in_features)}, *tensors)
         x = _widen(x, -1, in_keep, in_features) if compact_input else x
         _check_input(op, x, weight, bias, in_features, None)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpd_fast.errors import BackendError, ShapeError
-from cpd_fast.ops import explain_backend, masked_conv2d, masked_linear
+from cpd_fast.ops import _dispatch, explain_backend, masked_conv2d, masked_linear
 
 # name: C_in, C_out, kernel, H, W, arguments
 LAYERS = {
@@ -24,6 +24,12 @@ LAYERS = {
     "even_valid": (3, 4, 2, 6, 7, {"padding": "valid", "stride": (2, 1)}),
     "grouped": (12, 8, 3, 5, 5, {"groups": 4, "padding": 1}),
     "depthwise": (8, 8, 3, 7, 7, {"groups": 8, "padding": 1}),
+    "depthwise_5x5": (3, 3, 5, 9, 11, {"groups": 3, "padding": (2, 1), "stride": (1, 2)}),
+    "depthwise_stride": (5, 5, 3, 9, 8, {"groups": 5, "padding": 1, "stride": 2}),
+    "depthwise_dilated": (5, 5, 3, 9, 19, {"groups": 5, "padding": 3, "dilation": 2, "stride": 3}),
+    "depthwise_even": (4, 4, 2, 6, 7, {"groups": 4, "padding": 1}),
+    "depthwise_1x1": (4, 4, 1, 6, 7, {"groups": 4, "padding": 1}),
+    "depthwise_long": (2, 2, 7, 40, 37, {"groups": 2, "padding": 3}),
     "depth_multiplier": (6, 12, 5, 7, 7, {"groups": 6, "padding": 2, "stride": 2}),
 }
 SETS = ["all", "some", "one", "none", "group_dead", "ragged"]
@@ -59,12 +65,20 @@ def expected_of(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | No
     return y if out is None else y * out.to(x.dtype)[:, None, None]
 
 
+def skip_unless_native(backend: str, layer: str, memory_format: torch.memory_format) -> None:
+    if backend == "cpu" and (not layer.startswith("depthwise") or memory_format != torch.contiguous_format):
+        pytest.skip("depthwise layers in NCHW only")
+    if backend == "cpu" and isinstance(_dispatch._native(), str):
+        pytest.skip(_dispatch._native())
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("backend", ["reference", "compact"])
+@pytest.mark.parametrize("backend", ["reference", "compact", "cpu"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_values_and_gradients(layer, backend, memory_format):
     groups = LAYERS[layer][5].get("groups", 1)
     for out_kind, in_kind in itertools.product(SETS, SETS):
+        skip_unless_native(backend, layer, memory_format)
         x, weight, bias, arguments = made(layer)
         x = x.contiguous(memory_format=memory_format)
         out, inp = live(out_kind, weight.shape[0], groups, 1), live(in_kind, x.shape[1], groups, 2)
@@ -109,7 +123,8 @@ def test_compact_activations_between_layers(layer, memory_format):
         out, inp = live(out_kind, weight.shape[0], groups, 1), live(in_kind, x.shape[1], groups, 2)
         full = masked_conv2d(x, weight, bias, **arguments, out_keep=out, in_keep=inp)
         small = x if inp is None else x[:, inp].contiguous(memory_format=memory_format)
-        for backend in ("reference", "compact"):
+        native = layer == "depthwise" and small.is_contiguous() and not isinstance(_dispatch._native(), str)
+        for backend in ["reference", "compact", *(["cpu"] if native else [])]:
             y = masked_conv2d(
                 small, weight, bias, **arguments, out_keep=out, in_keep=inp, backend=backend,
                 compact_input=True, compact_output=True,
@@ -125,14 +140,15 @@ def test_memory_format_is_kept():
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("layer", ["3x3", "grouped", "depthwise"])
+@pytest.mark.parametrize("layer", ["3x3", "grouped", "depthwise", "depthwise_stride"])
 def test_gradcheck(layer):
     x, weight, bias, arguments = made(layer)
     groups = arguments.get("groups", 1)
     keep = {"out_keep": live("ragged", weight.shape[0], groups, 1), "in_keep": live("some", x.shape[1], groups, 2)}
-    x = x[:1, :, :3, :3]
+    x = x[:1, :, :3, :3].contiguous()
     inputs = tuple(t.clone().requires_grad_() for t in (x, weight, bias))
-    for backend in ("reference", "compact"):
+    native = ["cpu"] if layer.startswith("depthwise") and not isinstance(_dispatch._native(), str) else []
+    for backend in ["reference", "compact", *native]:
 
         def function(x, w, b, backend=backend):
             return masked_conv2d(x, w, b, **arguments, **keep, backend=backend)
@@ -226,9 +242,58 @@ def test_nothing_alive_calls_no_convolution(monkeypatch):
     assert weight.grad is not None and not weight.grad.any()
 
 
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layer", [name for name in LAYERS if name.startswith("depthwise")])
+def test_every_instruction_set_and_dtype_of_the_native_body(layer, dtype, isa, fresh_memory_is_nan):
+    native = _dispatch._native()
+    if isinstance(native, str) or isa not in native.supported_isas():
+        pytest.skip(f"no {isa} here")
+    x, weight, bias, arguments = made(layer, dtype)
+    out, inp = live("some", len(weight), len(weight), 1), live("some", len(weight), len(weight), 2)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    before = native.current_isa()
+    native.set_isa(isa)
+    try:
+        y = masked_conv2d(*inputs, **arguments, out_keep=out, in_keep=inp, backend="cpu")
+        grad = torch.randn_like(y)
+        ours = torch.autograd.grad(y, inputs, grad)
+    finally:
+        native.set_isa(before)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected = expected_of(*exact, out, inp, **arguments)
+    theirs = torch.autograd.grad(expected, exact, grad.double())
+    rtol = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    for a, b in zip((y, *ours), (expected, *theirs), strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=rtol, atol=rtol * b.abs().max().clamp(min=1).item())
+
+
+def test_the_native_body_gives_the_same_bits_for_any_number_of_threads():
+    x, weight, bias, arguments = made("depthwise_long", torch.float32)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 1, 2):
+        torch.set_num_threads(threads)
+        y = masked_conv2d(*inputs, **arguments, out_keep=[1])
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), inputs)))
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 def test_explain():
     x, weight = torch.zeros(1, 2, 3, 3), torch.zeros(2, 2, 1, 1)
     assert explain_backend("masked_conv2d", x, weight).startswith("masked_conv2d: compact (the library's kernels")
+    assert "not cpu: is for depthwise layers" in explain_backend("masked_conv2d", x, weight)
+    assert "not cpu: is for depthwise layers" in explain_backend("masked_linear", x, weight)
+    if not isinstance(_dispatch._native(), str):
+        text = explain_backend("masked_conv2d", x, weight[:, :1], None, 1, 0, 1, 2)
+        assert text.startswith("masked_conv2d: cpu (")
+    last = x.contiguous(memory_format=torch.channels_last)
+    if not isinstance(_dispatch._native(), str):
+        text = explain_backend("masked_conv2d", last, weight[:, :1], None, 1, 0, 1, 2)
+        assert "not cpu: needs contiguous NCHW, got strides" in text
 
 
 def test_messages():
@@ -245,6 +310,8 @@ def test_messages():
             masked_conv2d(x, weight, out_keep=torch.zeros(2, dtype=torch.int64, device="meta"), backend=backend)
         with pytest.raises(ShapeError, match=r"weight \(6, 4, 3, 3\) reads 4 channels, but the input has shape \(1, 3"):
             masked_conv2d(x[:, :3], weight, backend=backend)
+        with pytest.raises(ShapeError, match=r"a kernel of \(3, 3\) with dilation \(3, 3\) does not fit"):
+            masked_conv2d(x, weight, dilation=3, backend=backend)
         with pytest.raises(ShapeError, match="groups=4 does not divide 6 output channels"):
             masked_conv2d(x, weight, groups=4, backend=backend)
         with pytest.raises(ShapeError, match=r"bias must have shape \(6,\), got \(4,\)"):
@@ -261,7 +328,9 @@ def test_messages():
         masked_conv2d(x, weight, in_keep=[0, 1], compact_input=True)
     with pytest.raises(ShapeError, match=r"expected input \(N, C, H, W\) and weight of 4 dims, got 3 and 4"):
         masked_conv2d(x[0], weight)
-    with pytest.raises(BackendError, match="unknown backend 'cudnn'; choose one of compact, reference"):
+    with pytest.raises(BackendError, match="backend 'cpu' is for depthwise layers, one output channel for each"):
+        masked_conv2d(x, weight, backend="cpu")
+    with pytest.raises(BackendError, match="unknown backend 'cudnn'; choose one of cpu, compact, reference"):
         masked_conv2d(x, weight, backend="cudnn")
     with pytest.raises(BackendError, match="'compact' does not run inside torch.func transforms"):
         torch.func.vmap(lambda w: masked_conv2d(x, w, backend="compact"))(weight[None])

@@ -1,0 +1,99 @@
+"""The native body of depthwise layers of masked_conv2d: planes of live channels, read and written where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpd_fast.ops import _dispatch
+
+_Pair = tuple[int, int]
+
+
+def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> str | None:
+    """Why the native body cannot run, or would not be the best; None if it runs."""
+    if groups == 1 or weight.shape[:2] != (groups, 1):
+        return "is for depthwise layers, one output channel for each input channel"
+    if reason := _dispatch._WHY_NOT["cpu"](x):
+        return reason
+    if not x.is_contiguous():
+        return f"needs contiguous NCHW, got strides {tuple(x.stride())}"
+    if any(t.dtype != x.dtype for t in (weight, bias) if t is not None) or torch.is_autocast_enabled("cpu"):
+        return "needs one dtype for all tensors, outside autocast"
+    return None
+
+
+class Depthwise(torch.autograd.Function):
+    """Live planes convolved one by one; planes that are not live are zero, in the result and in every gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        places: tuple[Sequence[int], Sequence[int], Sequence[int]],
+        out_size: Sequence[int],
+        channels: int,
+        geometry: tuple[_Pair, _Pair, _Pair],
+    ) -> Tensor:
+        # places: where the live channels are in x, in the result (of `channels`) and in the weight.
+        ctx.save_for_backward(x, weight, bias)
+        ctx.places, ctx.geometry = places, geometry
+        stride, padding, dilation = geometry
+        n, c = x.shape[:2]
+        kernel = weight.shape[2:]
+        ctx.sizes = [
+            n, c, channels, weight.shape[0], *x.shape[2:], *out_size, *kernel, *stride, *padding, *dilation
+        ]  # fmt: skip
+        y = torch.empty((n, channels, *out_size), dtype=x.dtype)
+        w = weight.contiguous()
+        b = None if bias is None else bias.contiguous()
+        _call("masked_depthwise", (x, w, b, y), ctx)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # create_graph=True: the result must be differentiable
+            wanted = [t for t, need in zip((x, weight, bias), (need_x, need_w, need_b), strict=True) if need]
+            y = depthwise_reference(x, weight, bias, ctx.places, grad.shape[1], ctx.geometry)
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return *(next(found) if need else None for need in (need_x, need_w, need_b)), None, None, None, None
+        grad = grad.contiguous()
+        dx = torch.empty_like(x) if need_x else None
+        dw = torch.empty(weight.shape, dtype=weight.dtype) if need_w or need_b else None
+        db = torch.empty(bias.shape, dtype=bias.dtype) if need_b else None
+        if dx is not None:
+            _call("masked_depthwise_input", (grad, weight.contiguous(), dx), ctx)
+        if dw is not None:
+            _call("masked_depthwise_weight", (grad, x, dw, db), ctx)
+        return dx, dw if need_w else None, db, None, None, None, None
+
+
+def _call(name: str, tensors: Sequence[Tensor | None], ctx: Any) -> None:
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    first: Any = tensors[0]
+    code = _dispatch.DTYPE_CODES[first.dtype]
+    getattr(_dispatch._native(), name)(code, *pointers, ctx.places, ctx.sizes, torch.get_num_threads())
+
+
+def depthwise_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    places: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    channels: int,
+    geometry: tuple[_Pair, _Pair, _Pair],
+) -> Tensor:
+    """The same by the library's convolution, differentiable as often as one likes."""
+    stride, padding, dilation = geometry
+    read, written, own = (torch.tensor(list(p), dtype=torch.int64) for p in places)
+    b = None if bias is None else bias[own]
+    y = F.conv2d(x[:, read], weight[own], b, stride, padding, dilation, len(own))
+    return torch.zeros(y.shape[0], channels, *y.shape[2:], dtype=y.dtype).index_copy(1, written, y)
