@@ -46,7 +46,8 @@ def kind_of(entry: dict) -> str:
     """The row of the table of families that a network counts in."""
     family = entry["family"]
     sources = {
-        "hf": "transformers, vision",
+        "hf": "transformers",
+        "mmseg": "segmentation: mmsegmentation",
         "smp": "segmentation: smp decoders",
         "tvseg": "segmentation: torchvision",
         "tv": "torchvision, classification",

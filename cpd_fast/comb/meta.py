@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import sys
+import types
 from collections import OrderedDict
 from typing import Any
 
@@ -57,6 +60,22 @@ def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None, hooks: b
         for m, h, value in kept:
             setattr(m, h, value)
     return clone
+
+
+_EMPTY = types.CellType()
+
+
+def clear_caches(model: nn.Module) -> None:
+    """Empty the ``lru_cache`` of functions in reach of a model: a trace may neither read nor leave tensors there."""
+    classes = {kind for m in model.modules() for kind in type(m).__mro__ if not kind.__module__.startswith("torch.")}
+    spaces = [vars(m) for m in model.modules()] + [vars(kind) for kind in classes]
+    spaces += [vars(sys.modules[name]) for name in {kind.__module__ for kind in classes} if name in sys.modules]
+    for space in spaces:
+        for value in list(space.values()):
+            held = [c.cell_contents for c in getattr(value, "__closure__", None) or () if c != _EMPTY]  # decorators
+            for found in (value, *held):
+                if isinstance(found, functools._lru_cache_wrapper):
+                    found.cache_clear()
 
 
 def tensor_names(model: nn.Module) -> tuple[dict[int, str], dict[str, str]]:

@@ -33,10 +33,11 @@ from cpd_fast.comb.calls import (
 )
 from cpd_fast.comb.labels import LabelStore
 from cpd_fast.comb.leaves import leaves
+from cpd_fast.comb.meta import clear_caches
 from cpd_fast.comb.planes import Plane, State, collapse, constant_state, freeze_dims, meet, orbit
 from cpd_fast.comb.quick import function_shape, quick_shape
 from cpd_fast.comb.sizes import SIZED_CALLS, sizes_of
-from cpd_fast.comb.values import Values
+from cpd_fast.comb.values import NAN_CHECKS, Values
 from cpd_fast.errors import CpdError, TraceError, UnsupportedOpError
 from cpd_fast.types import NORMALISING, PRODUCTS
 
@@ -397,6 +398,10 @@ class _FunctionWatcher(TorchFunctionMode):
         self.calls[tracer.module, name] += 1
         outer, tracer.function = tracer.function, (name, call)
         try:
+            if name in NAN_CHECKS:
+                out = func(*args, **kwargs)
+                tracer.values.assume(out, NAN_CHECKS[name])
+                return out
             if f"function.{name}" not in RULES:
                 return func(*args, **kwargs)
             with tracer.suspended():
@@ -456,7 +461,11 @@ def run_trace(clone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
             for t in tree_flatten((args, kwargs))[0]:
                 if isinstance(t, Tensor):
                     tracer.set_state(t, State())
-            out = clone(*args, **kwargs)
+            clear_caches(clone)
+            try:
+                out = clone(*args, **kwargs)
+            finally:
+                clear_caches(clone)
     outputs = [t for t in tree_leaves(_plain(out)) if isinstance(t, Tensor)]
     tracer.output_shapes = tuple(tuple(t.shape) for t in outputs)
     return outputs

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from cpd_fast.comb.leaves import leaves
 
 LARGEST = 1 << 14  # elements
+# checks of a forward that all is well: a trace takes it for granted
+NAN_CHECKS = {"isfinite": True, "isnan": False, "isinf": False}
 FACTORIES = frozenset(f"aten.{n}" for n in "arange zeros ones full eye linspace scalar_tensor".split())
 
 
@@ -29,11 +32,16 @@ class Values:
         """The value of a meta tensor, on the CPU."""
         return self._known.get(id(t))
 
-    def set(self, t: Tensor, value: Tensor) -> None:
+    def set(self, t: Tensor, value: Tensor, numel: int | None = None) -> None:
         """Remember a value; the caller keeps ``t`` alive."""
-        if t.numel() <= LARGEST:
+        if (t.numel() if numel is None else numel) <= LARGEST:
             self._known[id(t)] = value
             self._views.setdefault(id(t if t._base is None else t._base), []).append(id(t))
+
+    def assume(self, t: Tensor, value: bool) -> None:
+        """All elements of a tensor of any size are taken for ``value``."""
+        with _disable_current_modes():
+            self.set(t, torch.tensor(value).expand(t.shape), LARGEST)
 
     def forget(self, t: Tensor) -> None:
         """``t`` is written in place: nothing is known of it any more, nor of what shares its memory."""

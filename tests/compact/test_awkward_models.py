@@ -1,6 +1,7 @@
 """Inputs that break lesser tools."""
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -208,6 +209,32 @@ def test_sizes_in_a_list_and_a_buffer_that_a_forward_replaces():
         "a",
         "b",
     } and small.a.out_features == 4 - small.a.out_features % 2
+
+
+@functools.lru_cache
+def positions(n):
+    return torch.linspace(0, 1, n)
+
+
+class Cached(nn.Module):
+    """A table that a function remembers, and checks for NaN in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        y = self.a(x) * positions(x.shape[1]).to(x)[:, None]
+        if not torch.isfinite(y).all() or torch.isnan(y).any():
+            y = y.clamp(-1, 1)
+        return self.o(y)
+
+
+def test_remembered_tables_and_checks_for_nan():
+    model, x = informative(Cached()).double(), torch.randn(2, 5, 3).double()
+    _, _, small = prove(model, (x,))
+    assert small.a.out_features == 4
+    assert positions(5).device.type == "cpu" and positions.cache_info().currsize == 1  # no meta tensor was left there
 
 
 class Masked(nn.Module):

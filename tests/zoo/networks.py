@@ -38,6 +38,10 @@ def build(entry: dict[str, Any]) -> tuple[nn.Module, Callable[[Any], Any]]:
 
         decoder, encoder = name.split(":")
         model = getattr(smp, decoder)(encoder_name=encoder, encoder_weights=None, classes=7, **kw)
+    elif entry["src"] == "mmseg":
+        from tests.zoo import mmseg
+
+        model = mmseg.build(name, entry["size"])
     else:
         model = _transformers(name)
         output = lambda out: out.logits  # noqa: E731
@@ -50,6 +54,18 @@ def example_input(entry: dict[str, Any], batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
+class Tokens(nn.Module):
+    """A language model on tokens read off the first row of a picture."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """x (N, 3, H, W) -> logits (N, W, vocabulary)."""
+        return self.model(input_ids=(x[:, 0, 0].abs() * 20).long() % 50)
+
+
 def _transformers(name: str) -> nn.Module:
     import transformers as T
 
@@ -58,7 +74,14 @@ def _transformers(name: str) -> nn.Module:
     window = {**small, "embed_dim": 48, "depths": [2, 2, 2], "num_heads": [2, 4, 8], "window_size": 6}
     stages = {"hidden_sizes": [32, 64, 128, 256], "depths": [2, 2, 2, 2]}
     eager = {"attn_implementation": "eager"}
+    decoder = {
+        **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 50, "head_dim": 16},
+        **{"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False, "use_cache": False},
+    }
     match name:
+        case "Llama" | "Qwen3" | "Gemma":
+            config = getattr(T, f"{name}Config")(**decoder)
+            return Tokens(getattr(T, f"{name}ForCausalLM")(config))
         case "ViT":
             return T.ViTForImageClassification(T.ViTConfig(**vit))
         case "DeiT":

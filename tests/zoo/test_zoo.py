@@ -33,6 +33,10 @@ ALWAYS = {
     "skresnet18",
     "selecsls42",
     "swin_tiny_patch4_window7_224",
+    "eva02_tiny_patch14_224",
+    "Qwen3",
+    "_base_/models/segformer_mit-b0",
+    "pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes",
     "shufflenet_v2_x1_0",
 }
 # what comb refuses, and why (docs/coverage.md)
@@ -41,8 +45,6 @@ REFUSED: dict[str, str] = {}
 BROKEN = {
     "PAN:resnet18": "the decoder pools below 1x1 at this input size",
 }
-# what the mathematics or a forward with fixed sizes leaves no room for
-LITTLE = {"deepseek_vit_412m"}
 
 
 def entry_param(entry):
@@ -52,8 +54,9 @@ def entry_param(entry):
 
 @pytest.mark.parametrize("entry", [entry_param(e) for e in ENTRIES])
 def test_masked_equals_compacted(entry):
-    if entry["src"] in ("smp", "hf"):
-        pytest.importorskip("segmentation_models_pytorch" if entry["src"] == "smp" else "transformers")
+    needs = {"smp": "segmentation_models_pytorch", "hf": "transformers", "mmseg": "mmengine"}
+    if entry["src"] in needs:
+        pytest.importorskip(needs[entry["src"]])
     if entry["name"] in BROKEN:
         pytest.skip(BROKEN[entry["name"]])
     model, output = build(entry)
