@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cpd_fast.adapters import adapt
 from cpd_fast.comb.meta import clone_to_meta, unwrap
 from cpd_fast.compact.compact import _check_model, _copy_cut, _owner
 from cpd_fast.compact.repair import repair_known
@@ -64,6 +65,7 @@ def sliced(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> nn.Module:
     alive = graph.alive(plan)
     cuts = {n: c for n, t in graph.tensors.items() if (c := make_cut(t, alive)) is not None}
     small = _copy_cut(model, graph, cuts, {})
+    adapt(small, lambda name: any(not name or n.startswith(f"{name}.") for n in cuts))
     for hooks in (small._forward_pre_hooks, small._forward_hooks):
         for key in [k for k, h in hooks.items() if getattr(_owner(h), "dropped_by_compaction", False)]:
             del hooks[key]

@@ -81,9 +81,10 @@ class CandidateBuilder:
             return False
         try:
             pair = [f(self._model, self._graph, probe).eval() for f in (sliced, compact)]
-        except CompactError:
+            outs = [self._batches[0].feed(m) for m in pair]
+        except (CompactError, RuntimeError):  # the latter: shapes that do not fit
             return False
-        a, b = ([t for t in tree_leaves(self._batches[0].feed(m)) if isinstance(t, torch.Tensor)] for m in pair)
+        a, b = ([t for t in tree_leaves(out) if isinstance(t, torch.Tensor)] for out in outs)
         return all(torch.equal(x, y) or (x.isnan() == y.isnan()).all() and torch.allclose(x, y, equal_nan=True)
                    for x, y in zip(a, b, strict=True))  # fmt: skip
 
