@@ -54,3 +54,7 @@ class SearchError(CpdError, RuntimeError):
 
 class BackendError(CpdError, RuntimeError):
     """The backend asked for cannot run this call; the message holds the reason."""
+
+
+class TrainingError(CpdError, ArithmeticError):
+    """Training went wrong: the loss is NaN or infinite; the message says where, and what the last checkpoint is."""

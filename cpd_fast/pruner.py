@@ -170,11 +170,27 @@ class Pruner:
                         break
                 self._moments.add_batch(batch)
         self._moments.gather()  # ranks must take the same decision
+        self._refuse_explosion()
         self.scores = self._averaged(self.criterion.finish(self._context, self._moments))
         event, before = self._events + 1, self.plan
         now = self.schedule.next_plan(event, self.graph, self.scores, self.target, self._dense, before, self._options)
         self._apply(now, event)
         self._moments = self._context.moments()
+
+    def _refuse_explosion(self) -> None:
+        """Tell gradients too large to square from gradients that are not finite, which ``finish`` reports.
+
+        Raises:
+            ScoreError: If every gradient was finite and every score was not.
+        """
+        if self.criterion.data != "gradients" or int(self._moments.count):
+            return
+        if all(bool(p.grad.isfinite().all()) for p in self._context.params.values() if p.grad is not None):
+            raise ScoreError(
+                f"{type(self.criterion).__name__}: the scores of all {self.schedule.interval} iterations overflow "
+                "although the gradients are finite: training diverges, or gradients are still scaled by a GradScaler "
+                "(call scaler.unscale_(optimizer) first); nothing was removed"
+            )
 
     def _averaged(self, new: Scores) -> Scores:
         """Scores as the ranking sees them: with a share of the old ones, where the user wants it."""

@@ -296,15 +296,22 @@ class Scores(Mapping[str, Tensor]):
         stderr: Mapping[str, Tensor] | None = None,
         info: Mapping[str, Any] | None = None,
     ) -> None:
-        for name, v in values.items():
+        self._values = {k: v.detach().to("cpu", torch.float32) for k, v in values.items()}
+        for name, v in self._values.items():
             bad = ~torch.isfinite(v)
             if bad.any():
                 where = bad.nonzero()[:3].flatten().tolist()
+                grown = bool(torch.isfinite(values[name]).all())
+                advice = (
+                    "they have grown beyond what fp32 holds: training diverges, or gradients are still scaled by a "
+                    "GradScaler (call scaler.unscale_(optimizer) first)"
+                    if grown
+                    else "check the loss and the batches for NaN"
+                )
                 raise ScoreError(
                     f"{criterion}: {int(bad.sum())} of {v.numel()} scores of group {name} are not finite "
-                    f"(channels {where} ...); check the loss and the batches for NaN"
+                    f"(channels {where} ...); {advice}"
                 )
-        self._values = {k: v.detach().to("cpu", torch.float32) for k, v in values.items()}
         self.criterion = criterion
         self.fingerprint = fingerprint
         self.stderr = dict(stderr or {})

@@ -12,6 +12,7 @@ from cpd_fast.pruner import Pruner
 from cpd_fast.schedule import Greedy, plan_cost
 from cpd_fast.score import BNScale, GroupFisher, HessianTrace, Magnitude, Random, Taylor
 from tests.helpers import Grouped, TwoConv
+from tests.ranks import run_ranks
 
 X = torch.zeros(1, 3, 8, 8)
 
@@ -270,3 +271,93 @@ def test_moving_average_of_scores():
     assert resumed.plan == pruner.plan
     with pytest.raises(ScoreError, match="score_ema=1: expected a share"):
         Pruner(net(), X, cpd.Target(macs=0.5), score_ema=1)
+
+
+def test_exploding_scores_stop_with_a_message():
+    model = net()
+    pruner = Pruner(model, X, cpd.Target(macs=0.5), Taylor(), Greedy(interval=1, steps=1))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e25)
+    with pytest.raises(ScoreError, match=r"overflow although the gradients are finite: .*scaler.unscale_\(optimizer\)"):
+        pruner.step()
+    assert not pruner.plan  # nothing was removed
+    huge = {"a": torch.tensor([1.0, 1e60], dtype=torch.float64)}
+    with pytest.raises(ScoreError, match=r"t: 1 of 2 scores of group a are not finite .*beyond what fp32 holds"):
+        cpd.Scores(huge, criterion="t", fingerprint="f")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_loss_scaler_and_autocast(dtype):
+    """AMP as on a GPU: steps that overflow are skipped by the scaler and by the scores alike."""
+
+    def run(scale):
+        model = net()
+        pruner = Pruner(model, X, cpd.Target(macs=0.5), Taylor(), Greedy(interval=4, steps=1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 0)
+        for i in range(4):
+            x, y = batch(i)
+            if i == 1:
+                x = x * (float("inf") if scale else 1)
+            with torch.autocast("cpu", dtype):
+                loss = F.cross_entropy(model(x), y)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            if i == 1 and not scale:
+                optimizer.zero_grad()
+                pruner.iteration += 1  # the same interval without the bad batch
+                continue
+            changed = pruner.step()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert changed
+        return pruner
+
+    scaled, plain = run(256.0), run(0)
+    assert scaled.scores.info["observations"] == 3
+    assert scaled.plan == plain.plan
+    for name, value in plain.scores.items():
+        torch.testing.assert_close(scaled.scores[name], value, rtol=0.05, atol=1e-9)
+    small = scaled.compact()
+    with torch.autocast("cpu", dtype):
+        assert small(batch(9)[0]).isfinite().all()
+
+
+def _distributed(rank):
+    model = net()
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.momentum = 0.0  # the only thing that each rank sees its own batch of
+            m.eval()
+    wrapped = model if rank is None else torch.nn.parallel.DistributedDataParallel(model)
+    plans = []
+    for criterion in (Taylor(), GroupFisher(), Magnitude()):
+        pruner = Pruner(wrapped, X, cpd.Target(macs=0.6), criterion, Greedy(interval=2, steps=2), score_ema=0.3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for i in range(4):
+            x, y = batch(i, 8)
+            if rank is not None:
+                x, y = x[4 * rank : 4 * rank + 4], y[4 * rank : 4 * rank + 4]
+            F.cross_entropy(wrapped(x), y).backward()
+            pruner.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+        plans.append((pruner.plan.to_json(), {k: v.clone() for k, v in pruner.scores.items()}))
+        pruner.remove()
+    return plans, {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def test_two_ranks_prune_as_one_process_on_the_joined_batch():
+    ranks = run_ranks(_distributed)
+    alone, weights = _distributed(None)
+    assert ranks[0][0][0][0] == ranks[1][0][0][0]
+    for (plan, scores), other in zip(ranks[0][0], ranks[1][0], strict=True):
+        assert plan == other[0]  # the same plan on both ranks
+        assert all(torch.equal(scores[k], other[1][k]) for k in scores)
+    for (plan, scores), same in list(zip(ranks[0][0], alone, strict=True))[:1]:  # Taylor: on the averaged gradient
+        assert plan == same[0]
+        for k in scores:
+            torch.testing.assert_close(scores[k], same[1][k], rtol=1e-4, atol=1e-12)
+    for k, v in weights.items():
+        torch.testing.assert_close(ranks[0][1][k], v, rtol=1e-4, atol=1e-6)

@@ -29,7 +29,7 @@ from cpd_fast.compact import compact
 from cpd_fast.config import CompressConfig
 from cpd_fast.data import Split
 from cpd_fast.distill import ChannelWiseKL, LogitKL
-from cpd_fast.errors import FileFormatError, RunFolderError
+from cpd_fast.errors import FileFormatError, RunFolderError, TrainingError
 from cpd_fast.pipeline import comb
 from cpd_fast.prune import attach_masks
 from cpd_fast.recipes.evaluate import evaluate, reestimate_batch_norm
@@ -399,11 +399,18 @@ class CompressRun:
 
         Raises:
             KeyboardInterrupt: If Ctrl-C was pressed; the checkpoint is written by then.
+            TrainingError: If the loss is not finite.
         """
         began, spent = time.monotonic(), self.seconds.get(stage, 0.0)
         with self.talk.bar(title, steps, start) as bar, self.stop.polite():
             for step in range(start, steps):
-                loss = one(step)
+                try:
+                    loss = one(step)
+                except TrainingError as e:
+                    raise TrainingError(
+                        f"{stage}, step {step}: {e}; the last checkpoint in {self.folder.path} is from before, but the "
+                        "same settings will come here again: start anew in another --run-dir"
+                    ) from e
                 advance_bar(bar, loss)
                 self.curve.append((stage, step, round(loss, 5)))
                 self.seconds[stage] = round(spent + time.monotonic() - began, 2)

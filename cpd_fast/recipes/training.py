@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from cpd_fast.data import augmented_batch
+from cpd_fast.errors import TrainingError
 from cpd_fast.recipes.progress import Bar
 from cpd_fast.recipes.tasks import Task
 
@@ -39,16 +40,24 @@ def adamw(model: nn.Module, weight_decay: float) -> AdamW:
 
 
 def train_step(model: nn.Module, optimizer: Optimizer, lr: float, seed: int, loss: Callable[[], Tensor]) -> float:
-    """One step; returns the loss."""
+    """One step; returns the loss.
+
+    Raises:
+        TrainingError: If the loss is not finite; nothing was updated then.
+    """
     torch.manual_seed(seed)  # dropout and the like
     for group in optimizer.param_groups:
         group["lr"] = lr
     model.train()
     optimizer.zero_grad(set_to_none=True)
     value = loss()
+    if not math.isfinite(number := float(value.detach())):
+        raise TrainingError(
+            f"the loss is {number} at learning rate {lr:.2g}; lower the learning rate or check the data for NaN"
+        )
     value.backward()
     optimizer.step()
-    return float(value.detach())
+    return number
 
 
 def batch_of(task: Task, batch_size: int, seed: int, stage: str, step: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from cpd_fast import recipes
 from cpd_fast.config import ConfigError
-from cpd_fast.errors import DataError, PlanError, RunFolderError
+from cpd_fast.errors import DataError, PlanError, RunFolderError, TrainingError
 from cpd_fast.recipes import comb_prune_distill, evaluate
 from cpd_fast.report import Results
 from cpd_fast.types import PrunePlan
@@ -196,3 +196,17 @@ def test_metrics_by_hand(tiny):
     quality = evaluate(Constant(), task.data, task.data.test)
     assert quality.accuracy == pytest.approx(share)
     assert quality.class_scores == pytest.approx((0.0, share, 0.0, 0.0)) and quality.miou == pytest.approx(share / 4)
+
+
+def test_a_loss_that_is_nan_stops_before_it_is_used(tiny, tmp_path):
+    task = tiny.classification()
+    bad = task.loss()
+    steps = []
+
+    def loss(logits, labels):
+        steps.append(1)
+        return bad(logits, labels) * (float("nan") if len(steps) == 4 else 1.0)
+
+    object.__setattr__(task, "loss", lambda: loss)
+    with pytest.raises(TrainingError, match=r"teacher, step 3: the loss is nan at learning rate .*last checkpoint in"):
+        tiny.run(tmp_path / "run", task)
