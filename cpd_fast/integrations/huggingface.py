@@ -1,0 +1,93 @@
+"""A callback for Hugging Face's Trainer that prunes while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpd_fast.errors import ScoreError
+from cpd_fast.pruner import Pruner
+from cpd_fast.types import Target
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as e:
+    raise ImportError(
+        "cpd_fast.integrations.huggingface needs transformers: pip install 'cpd_fast[huggingface]'"
+    ) from e
+
+STATE = "cpd_pruner.pt"
+
+
+class CPDTrainerCallback(TrainerCallback):
+    """Scores every optimizer step and masks channels at the end of every interval; compacts on demand.
+
+    Gradients are read before the optimizer steps, after clipping and unscaling. The pruner's state is written into
+    every checkpoint folder of the Trainer and read from the one that it resumes from.
+
+    Args:
+        example_inputs: What the model takes: a tensor, a tuple or a dict.
+        target: What may remain.
+        **how: The other arguments of :class:`cpd_fast.Pruner`. Criteria that need the loss itself are refused.
+
+    Raises:
+        ImportError: If transformers is not installed.
+
+    Example:
+        >>> from cpd_fast.integrations.huggingface import CPDTrainerCallback  # doctest: +SKIP
+        >>> callback = CPDTrainerCallback({"pixel_values": x}, cpd.Target(macs=0.5))  # doctest: +SKIP
+        >>> Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()  # doctest: +SKIP
+        >>> small = callback.compact()  # doctest: +SKIP
+    """
+
+    def __init__(self, example_inputs: Any, target: Target, **how: Any) -> None:
+        self._arguments, self._how = (example_inputs, target), how
+        self.pruner: Pruner | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Comb the model, and go on where the Trainer does.
+
+        Raises:
+            ScoreError: If the criterion needs the loss, or the checkpoint that is resumed from holds no pruner.
+        """
+        if self.pruner is None:
+            self.pruner = Pruner(objects["model"], *self._arguments, **self._how)
+            if self.pruner.criterion.data == "loss":
+                raise ScoreError(
+                    f"CPDTrainerCallback: {type(self.pruner.criterion).__name__} needs the loss itself, and a callback "
+                    "sees gradients only; use Taylor(), or call pruner.step(closure) in a loop of your own"
+                )
+        if state.global_step:
+            saved = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / STATE
+            if not saved.exists():
+                raise ScoreError(f"CPDTrainerCallback: {saved} is missing: this checkpoint was made without pruning")
+            self.pruner.load_state_dict(torch.load(saved, weights_only=True))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Look at the gradients."""
+        assert self.pruner is not None
+        self.pruner.step()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
+        """Put the pruner's state beside the Trainer's."""
+        if self.pruner is not None and state.is_world_process_zero:
+            torch.save(
+                self.pruner.state_dict(), Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / STATE
+            )
+
+    def compact(self) -> nn.Module:
+        """The physically smaller model; the Trainer's own stays masked.
+
+        Raises:
+            RuntimeError: Before training.
+        """
+        if self.pruner is None:
+            raise RuntimeError("CPDTrainerCallback: nothing to compact before Trainer.train has started")
+        return self.pruner.compact()

@@ -1,0 +1,129 @@
+"""CPDHook in a real mmsegmentation training run, built from a config, on pictures of 32 pixels."""
+
+import sys
+import types
+from importlib.machinery import ModuleSpec
+
+import pytest
+import torch
+
+from cpd_fast.errors import ScoreError
+
+
+@pytest.fixture(scope="module")
+def mm():
+    """mmengine and mmseg; the compiled operators of mmcv are not needed, and are refused."""
+    pytest.importorskip("mmengine", reason="needs mmengine (tried with 0.10.7)")
+    pytest.importorskip("mmcv", reason="needs mmcv-lite (tried with 2.1.0)")
+
+    def refuse(*_args, **_kwargs):
+        raise RuntimeError("mmcv-lite has no compiled operators")
+
+    stub = types.ModuleType("mmcv._ext")
+    stub.__file__ = __file__
+    stub.__spec__ = ModuleSpec("mmcv._ext", None)  # no loader: mmengine then asks it for nothing
+    stub.__getattr__ = lambda name: refuse if not name.startswith("__") else getattr(types, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "mmcv._ext", stub)
+        pytest.importorskip("mmseg.models", reason="needs mmsegmentation (tried with 1.2.2) and ftfy")
+        from mmseg.utils import register_all_modules
+
+        register_all_modules()
+        yield __import__("mmengine")
+
+
+def config(folder, steps, **hook):
+    norm = {"type": "BN", "requires_grad": True}
+    head = {"num_classes": 3, "norm_cfg": norm, "align_corners": False, "in_channels": 32, "in_index": 3}
+    head |= {"type": "FCNHead", "channels": 16, "num_convs": 1, "concat_input": False}
+    loss = {"type": "CrossEntropyLoss", "use_sigmoid": False}
+    model = {
+        "type": "EncoderDecoder",
+        "data_preprocessor": {"type": "SegDataPreProcessor", "size": (32, 32), "mean": [0.0] * 3, "std": [1.0] * 3},
+        "backbone": {
+            "type": "ResNetV1c", "depth": 18, "base_channels": 4, "stem_channels": 8, "norm_cfg": norm,
+            "strides": (1, 2, 2, 2), "norm_eval": False,
+        },
+        "decode_head": {**head, "loss_decode": loss},
+        "auxiliary_head": {**head, "in_channels": 16, "in_index": 2, "loss_decode": {**loss, "loss_weight": 0.4}},
+        "train_cfg": {},
+        "test_cfg": {"mode": "whole"},
+    }  # fmt: skip
+    return {
+        "default_scope": "mmseg",
+        "model": model,
+        "work_dir": str(folder),
+        "train_dataloader": {
+            "batch_size": 4, "num_workers": 0, "dataset": {"type": "SquaresForCPD"},
+            "sampler": {"type": "InfiniteSampler", "shuffle": False},
+            "collate_fn": {"type": "pseudo_collate"},
+        },
+        "optim_wrapper": {"type": "OptimWrapper", "optimizer": {"type": "SGD", "lr": 0.01}},
+        "train_cfg": {"type": "IterBasedTrainLoop", "max_iters": steps},
+        "default_hooks": {"checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": 3}},
+        "custom_imports": {"imports": ["cpd_fast.integrations.mmengine"]},
+        "custom_hooks": [{
+            "type": "CPDHook", "input_shape": (1, 3, 32, 32), "target": {"macs": 0.4}, "criterion": {"type": "Random"},
+            "schedule": {"type": "Greedy", "interval": 2, "steps": 3}, **hook,
+        }],
+        "log_level": "ERROR",
+        "randomness": {"seed": 0},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def squares(mm):
+    from mmengine.structures import PixelData
+    from mmseg.registry import DATASETS
+    from mmseg.structures import SegDataSample
+
+    class SquaresForCPD(torch.utils.data.Dataset):
+        metainfo = {"classes": ("a", "b", "c"), "palette": [[0] * 3] * 3}
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            g = torch.Generator().manual_seed(i)
+            sample = SegDataSample(gt_sem_seg=PixelData(data=torch.randint(3, (1, 32, 32), generator=g)))
+            sample.set_metainfo({"img_shape": (32, 32), "ori_shape": (32, 32)})
+            return {"inputs": torch.rand(3, 32, 32, generator=g), "data_samples": sample}
+
+    DATASETS.register_module(module=SquaresForCPD, force=True)
+
+
+def train(folder, steps, **hook):
+    from mmengine.config import Config
+    from mmengine.runner import Runner
+
+    folder.mkdir(exist_ok=True)
+    Config(config(folder, steps, **hook)).dump(folder / "config.py")
+    runner = Runner.from_cfg(Config.fromfile(folder / "config.py"))
+    runner.train()
+    (found,) = [h for h in runner.hooks if type(h).__name__ == "CPDHook"]
+    return runner.model, found
+
+
+def test_a_training_run_from_its_config_prunes_and_compacts(squares, tmp_path):
+    model, hook = train(tmp_path / "whole", 6)
+    assert hook.pruner.done and hook.pruner.iteration == 6
+    before = type(model)
+    small = hook.compact()
+    assert type(small) is before and type(model) is before
+    x = torch.randn(2, 3, 32, 32)
+    size = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    assert size(small.auxiliary_head) < size(model.auxiliary_head) and size(small) < 0.8 * size(model)
+    model.eval(), small.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)  # tensor mode, masked against compacted
+        maps = small.extract_feat(x)
+        assert small.auxiliary_head(maps).shape == (2, 3, 2, 2)
+
+
+def test_criteria_that_need_the_loss_are_refused(mm):
+    from cpd_fast.integrations.mmengine import CPDHook
+
+    with pytest.raises(ScoreError, match="CPDHook: HessianTrace needs the loss itself, and a hook sees gradients only"):
+        CPDHook(input_shape=(1, 3, 32, 32), target={"macs": 0.5}, criterion={"type": "HessianTrace"})
+    with pytest.raises(RuntimeError, match="nothing to compact before training"):
+        CPDHook(input_shape=(1, 3, 32, 32), target={"macs": 0.5}, criterion={"type": "Magnitude"}).compact()
