@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RESULTS, PAGE = ROOT / "bench/results/zoo_export.json", ROOT / "docs" / "export.md"
-LIMIT_S = 400  # wall, a network
+LIMIT_S = 400  # wall, a network on an idle machine
 FORMATS = ("onnx", "pt2")
 MARK = "<!-- table: bench/zoo_export.py -->"
 
