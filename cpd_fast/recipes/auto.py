@@ -73,7 +73,7 @@ def choose(
         ConfigError: If there is no time to train at all.
 
     Example:
-        >>> [choose(n, 200, 16, 50).recipe for n in (250, 500, 5000)]
+        >>> [choose(n, 200, 16, 50).recipe for n in (150, 500, 5000)]
         ['eagleeye', 'cpd', 'prune_then_distill']
     """
     teacher = min(teacher_steps, int(steps / 2))
