@@ -1,5 +1,6 @@
 """What tests, benchmarks and doctests need first: one thread, the Triton interpreter, a torchvision that loads."""
 
+import importlib.util
 import os
 
 import torch
@@ -7,6 +8,13 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
+
+# What the search for doctests must not import: a script that runs in an environment of its own, and integrations whose
+# library is absent.
+_LIBRARIES = {"huggingface": "transformers", "lightning": "lightning", "mmengine": "mmengine"}
+collect_ignore = ["bench/wheel_check.py"] + [
+    f"cpd_fast/integrations/{name}.py" for name, library in _LIBRARIES.items() if not importlib.util.find_spec(library)
+]
 
 
 def _declare_torchvision_ops() -> object | None:
