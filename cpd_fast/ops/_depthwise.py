@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpd_fast.ops import _dispatch
-
-_Pair = tuple[int, int]
+from cpd_fast.ops._masked_channels import Channels, Geometry, index_of
+from cpd_fast.ops._masked_compact import compact_conv2d
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> str | None:
@@ -27,6 +27,24 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> str 
     return None
 
 
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, channels: Channels, geometry: Geometry) -> Tensor:
+    """Planes that are alive on both sides are convolved where they are; those without an input give their bias."""
+    read = {c: i for i, c in enumerate(channels.present)}
+    written = {c: i for i, c in enumerate(channels.held)}
+    alive = set(channels.inputs)
+    live = [c for c in channels.outputs if c in alive]
+    lonely = tuple(c for c in channels.outputs if c not in alive)
+    places = ([read[c] for c in live], [written[c] for c in live], live)
+    if not live or not len(x):  # nothing to convolve: no memory to point at
+        return compact_conv2d(x, weight, bias, channels, geometry)
+    size = geometry.out_size(x, weight)
+    y: Tensor = Depthwise.apply(x, weight, bias, places, size, len(channels.held), geometry)
+    if lonely and bias is not None:
+        part = bias[index_of(lonely, x.device)].reshape(1, -1, 1, 1).expand(len(x), -1, *size)
+        y = y.index_copy(1, index_of(tuple(written[c] for c in lonely), x.device), part)
+    return y
+
+
 class Depthwise(torch.autograd.Function):
     """Live planes convolved one by one; planes that are not live are zero, in the result and in every gradient."""
 
@@ -39,7 +57,7 @@ class Depthwise(torch.autograd.Function):
         places: tuple[Sequence[int], Sequence[int], Sequence[int]],
         out_size: Sequence[int],
         channels: int,
-        geometry: tuple[_Pair, _Pair, _Pair],
+        geometry: Geometry,
     ) -> Tensor:
         # places: where the live channels are in x, in the result (of `channels`) and in the weight.
         ctx.save_for_backward(x, weight, bias)
@@ -89,7 +107,7 @@ def depthwise_reference(
     bias: Tensor | None,
     places: tuple[Sequence[int], Sequence[int], Sequence[int]],
     channels: int,
-    geometry: tuple[_Pair, _Pair, _Pair],
+    geometry: Geometry,
 ) -> Tensor:
     """The same by the library's convolution, differentiable as often as one likes."""
     stride, padding, dilation = geometry
