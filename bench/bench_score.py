@@ -25,10 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import conftest  # noqa: F401  (lets a CUDA build of torchvision import beside a CPU torch)
 import cpd_fast as cpd
+from cpd_fast.memory import BatchLoss
 from cpd_fast.score import Context, quiet
 from cpd_fast.score._double import double_differentiable
 from cpd_fast.score._finite import Differences
-from cpd_fast.score._parts import BatchLoss
 
 WORKLOADS = {  # name: (model, batch, pixels); small enough for one core, so that side work shows
     "mobilenetv2": ("mobilenetv2_100", 4, 64),

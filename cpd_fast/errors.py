@@ -48,6 +48,10 @@ class RunFolderError(CpdError, OSError):
     """A run folder cannot be read or written (permissions, full disk, other command)."""
 
 
+class MemoryLimitError(CpdError, ValueError):
+    """A memory limit is none, nothing fits into it, or a batch cannot be divided so that it does."""
+
+
 class SearchError(CpdError, RuntimeError):
     """A candidate search cannot start or go on: bad arguments, storage of another study, locked or gone."""
 

@@ -17,10 +17,11 @@ ROOMS = {
     "describe": {"errors", "types"},  # the latter for its annotations
     "errors": set(),
     "adapters": set(),
+    "memory": {"errors"},
     "ops": {"kernels", "_native", "errors"},
     "kernels": set(),
     "comb": FRAME,
-    "score": FRAME | {"ops"},
+    "score": FRAME | {"ops", "memory"},
     "schedule": FRAME,
     "prune": FRAME | {"ops"},
     "distill": FRAME | {"ops"},

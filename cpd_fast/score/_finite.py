@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cpd_fast.errors import ScoreError
+from cpd_fast.memory import Part
 from cpd_fast.ops import perturb_
-from cpd_fast.score._parts import Part
 from cpd_fast.score.criterion import Context, checked
 
 _RATIO = 8.0  # between the steps that are compared

@@ -2,92 +2,38 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.weak import WeakIdKeyDictionary
 
-from cpd_fast.errors import ScoreError
+from cpd_fast.errors import MemoryLimitError, ScoreError
+from cpd_fast.memory import (
+    RESERVE,
+    BatchLoss,
+    PeakMemory,
+    Split,
+    bytes_text,
+    count_samples,
+    faked,
+    first_part,
+    parse_bytes,
+    size_of,
+)
 from cpd_fast.score._double import NoDoubleBackwardError
 from cpd_fast.score._finite import Step
-from cpd_fast.score._parts import BatchLoss, Split, count_samples, split_batch
 from cpd_fast.score.criterion import Context, Criterion, quiet
 from cpd_fast.score.hessian import HessianTrace
 from cpd_fast.types import ChannelGraph, PrunePlan
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_RESERVE = 0.05  # of a limit: workspaces of libraries and fragmentation, which no tensor shows
 _PROBES = 2  # of a predicted run: what a kept graph needs beyond the first shows with the second
 _MEAN_TOLERANCE = 1e-3
 LossFn = Callable[[nn.Module, Any], Tensor]
-
-
-def parse_bytes(limit: int | str) -> int:
-    """A number of bytes from ``"10GiB"``, ``"500 MB"`` or an integer.
-
-    Raises:
-        ScoreError: If it is neither, or not positive.
-
-    Example:
-        >>> parse_bytes("1.5KiB")
-        1536
-    """
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(limit))
-    unit = _UNITS.get(found.group(2).upper()) if found else None
-    try:
-        value = int(float(found.group(1)) * unit) if found and unit else 0
-    except ValueError:
-        value = 0
-    if value <= 0:
-        raise ScoreError(f"memory_limit: expected bytes or a text such as '10GiB' or '500MB', got {limit!r}")
-    return value
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of all tensors that live at once inside the block, real or fake; what is given counts from the start.
-
-    Attributes:
-        live: Bytes alive now.
-        peak: Most bytes alive so far.
-    """
-
-    def __init__(self, alive: Sequence[Tensor] = ()) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known = WeakIdKeyDictionary()
-        for t in alive:
-            self._see(t)
-
-    def _see(self, t: Tensor) -> Tensor:
-        try:
-            storage = t.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # sparse and the like hold none of their own
-            return t
-        if storage not in self._known:
-            size = storage.nbytes()
-            self._known[storage] = size
-            weakref.finalize(storage, self._drop, size)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-        return t
-
-    def _drop(self, size: int) -> None:
-        self.live -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, out)
-        return out
 
 
 def predicted_peak(
@@ -115,7 +61,8 @@ def predicted_peak(
         Bytes on the device of the model.
 
     Raises:
-        ScoreError: If the criterion cannot run, or the loss cannot on fake tensors (it reads a value).
+        ScoreError: If the criterion cannot run.
+        MemoryLimitError: If the loss does not run on fake tensors (it reads a value).
 
     Example:
         >>> import cpd_fast as cpd
@@ -130,7 +77,7 @@ def predicted_peak(
         criterion = replace(criterion, num_probes=min(criterion.num_probes, _PROBES), generator=None)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = tree_map_only(Tensor, mode.from_tensor, batch)
-    with _faked(model, mode) as tensors:
+    with faked(model, mode) as tensors:
         inputs = [t for t in tree_flatten(fake)[0] if isinstance(t, Tensor)]
         context = Context(model, graph, None, plan)
         context.step = Step(1e-3, None)  # the search for one needs values
@@ -143,34 +90,11 @@ def predicted_peak(
         except ScoreError:
             raise
         except Exception as e:
-            raise ScoreError(
+            raise MemoryLimitError(
                 f"memory_limit: the loss does not run on fake tensors ({type(e).__name__}: {str(e).splitlines()[0]}); "
                 "keep .item(), printing and branches on values out of loss_fn"
             ) from e
     return tracker.peak
-
-
-@contextmanager
-def _faked(model: nn.Module, mode: FakeTensorMode) -> Iterator[list[Tensor]]:
-    """The model with fake parameters and buffers in place of its own; gives them."""
-    made: dict[int, Tensor] = {}
-    places: list[tuple[dict[str, Any], str, Tensor]] = []
-    for module in model.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for name, t in table.items():
-                if t is not None:
-                    places.append((table, name, t))
-    try:
-        for table, name, t in places:
-            if id(t) not in made:
-                value = mode.from_tensor(t.detach())
-                made[id(t)] = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
-            table[name] = made[id(t)]
-        yield list(made.values())
-    finally:
-        for table, name, t in places:
-            table[name] = t
 
 
 class Fitter:
@@ -181,7 +105,7 @@ class Fitter:
         split: See :func:`cpd_fast.score`.
 
     Raises:
-        ScoreError: If the limit is not one.
+        MemoryLimitError: If the limit is not one.
     """
 
     def __init__(self, limit: int | str, split: Split | None = None) -> None:
@@ -196,7 +120,7 @@ class Fitter:
         """The criterion with its engine chosen, and the loss divided; decided anew where shapes change.
 
         Raises:
-            ScoreError: If nothing fits.
+            MemoryLimitError: If nothing fits.
         """
         shapes = tuple((t.shape[1:], t.dtype) for t in tree_flatten(batch)[0] if isinstance(t, Tensor))
         samples = count_samples(batch)
@@ -218,10 +142,10 @@ class Fitter:
 
             def peak(n: int, candidate: Criterion = candidate) -> int:
                 whole = samples is not None and n >= samples
-                part = batch if whole else _first(batch, n, self.split)
-                rest = _size(batch) - _size(part)
+                part = batch if whole else first_part(batch, n, self.split)
+                rest = size_of(batch) - size_of(part)
                 needed = predicted_peak(context.model, context.graph, part, loss_fn, candidate, context.plan) + rest
-                return int((needed + _others(context)) / (1 - _RESERVE))
+                return int((needed + _others(context)) / (1 - RESERVE))
 
             try:
                 n, needed = self._largest(peak, samples)
@@ -231,14 +155,14 @@ class Fitter:
             if needed <= self.limit:
                 self.peak = max(self.peak, needed)
                 what = "undivided" if n == samples else f"in micro-batches of {n}"
-                reason = f"{what} it needs about {_text(needed)} of {_text(self.limit)}"
+                reason = f"{what} it needs about {bytes_text(needed)} of {bytes_text(self.limit)}"
                 context.engine = (engine, "; ".join([*refused, reason])) if hasattr(candidate, "engine") else None
                 context.info |= {"memory_limit": self.limit, "predicted_peak": self.peak, "micro_batch": n}
                 return candidate, n
-            refused.append(f"{engine} needs {_text(needed)} for one sample")
-        raise ScoreError(
-            f"memory_limit: {'; '.join(refused)}: more than {_text(self.limit)}; raise the limit, use smaller inputs, "
-            "or HessianTrace(engine='finite_difference')"
+            refused.append(f"{engine} needs {bytes_text(needed)} for one sample")
+        raise MemoryLimitError(
+            f"memory_limit: {'; '.join(refused)}: more than {bytes_text(self.limit)}; raise the limit, use smaller "
+            "inputs, or HessianTrace(engine='finite_difference')"
         )
 
     def _largest(self, peak: Callable[[int], int], samples: int | None) -> tuple[int, int]:
@@ -277,24 +201,9 @@ def _candidates(criterion: Criterion) -> list[Criterion]:
     return [criterion]
 
 
-def _first(batch: Any, n: int, split: Split | None) -> Any:
-    if split is None:
-        return split_batch(batch, n)[0]
-    piece = next(iter(split(batch, n)))
-    return piece[0] if isinstance(piece, tuple) and len(piece) == 2 and isinstance(piece[1], float) else piece
-
-
-def _size(batch: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tree_flatten(batch)[0] if isinstance(t, Tensor))
-
-
 def _others(context: Context) -> int:
     """Bytes on the model's GPU that belong to nothing here."""
     if not context.cuda_devices:
         return 0
     own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in context.model.state_dict().values()}
     return max(torch.cuda.memory_allocated(context.cuda_devices[0]) - sum(own.values()), 0)
-
-
-def _text(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

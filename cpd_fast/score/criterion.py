@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from cpd_fast.errors import ScoreError
+from cpd_fast.memory import Closure
 from cpd_fast.score._layout import Layout
 from cpd_fast.score._moments import Moments
-from cpd_fast.score._parts import Closure
 from cpd_fast.score._probes import Probes
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores
 

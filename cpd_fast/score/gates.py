@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cpd_fast.errors import ScoreError
+from cpd_fast.memory import parts_of
 from cpd_fast.score._double import double_backward_errors, double_differentiable, refuse_dead_ends
 from cpd_fast.score._gates import Gates, Marks, Rows
-from cpd_fast.score._parts import parts_of
 from cpd_fast.score._probes import Probes
 from cpd_fast.score.criterion import Closure, Context, Criterion, checked
 

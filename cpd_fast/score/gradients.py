@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from cpd_fast.score._parts import parts_of
+from cpd_fast.memory import parts_of
 from cpd_fast.score.criterion import Closure, Context, Criterion, first_gradients
 
 

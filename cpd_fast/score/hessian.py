@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cpd_fast.errors import ScoreError
+from cpd_fast.memory import Part, parts_of
 from cpd_fast.ops import squared_norms
 from cpd_fast.score._double import (
     NoDoubleBackwardError,
@@ -20,7 +21,6 @@ from cpd_fast.score._double import (
 )
 from cpd_fast.score._finite import Differences, Step
 from cpd_fast.score._moments import Moments
-from cpd_fast.score._parts import Part, parts_of
 from cpd_fast.score.criterion import Closure, Context, Criterion, first_gradients
 
 ENGINES = ("auto", "retained", "streaming", "finite_difference")

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from cpd_fast.errors import ScoreError
+from cpd_fast.memory import BatchLoss, Split
 from cpd_fast.score._memory import Fitter
 from cpd_fast.score._moments import Moments
-from cpd_fast.score._parts import BatchLoss, Split
 from cpd_fast.score.criterion import Context, Criterion, quiet
 from cpd_fast.score.hessian import HessianTrace
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores
@@ -54,7 +54,8 @@ def score(
 
     Raises:
         ScoreError: If there are no batches, the loss is not a finite scalar with a graph, a value is not finite (the
-            parameter is named), the graph belongs to another model, or nothing fits into ``memory_limit``.
+            parameter is named), or the graph belongs to another model.
+        MemoryLimitError: If nothing fits into ``memory_limit``.
 
     Example:
         >>> import torch, cpd_fast as cpd

@@ -9,11 +9,11 @@ from torch import nn
 
 import cpd_fast as cpd
 from cpd_fast.errors import ScoreError
+from cpd_fast.memory import Part
 from cpd_fast.score import GateHessian, HessianTrace, _finite, _layout, _probes, hessian, score
 from cpd_fast.score._finite import Differences
 from cpd_fast.score._layout import Layout
 from cpd_fast.score._moments import Moments
-from cpd_fast.score._parts import Part
 from cpd_fast.score.criterion import Context
 from tests.helpers import build_graph, mlp, two_conv
 

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import cpd_fast as cpd
-from cpd_fast.errors import ScoreError
+from cpd_fast.errors import MemoryLimitError
+from cpd_fast.memory import count_samples, split_batch
 from cpd_fast.score import GateHessian, GroupFisher, HessianTrace, Taylor, score
 from cpd_fast.score._memory import Fitter, parse_bytes, predicted_peak
-from cpd_fast.score._parts import count_samples, split_batch
 from cpd_fast.score.criterion import Context
 from tests.helpers import mlp, two_conv
 
@@ -142,7 +142,9 @@ def test_auto_takes_the_engine_that_fits(net):
         assert scores.info["engine"] == engine
         assert "undivided it needs about" in scores.info["engine_reason"]
     assert "streaming needs" in scores.info["engine_reason"]
-    with pytest.raises(ScoreError, match=r"memory_limit: retained needs .*; finite_difference needs .* MiB for one"):
+    with pytest.raises(
+        MemoryLimitError, match=r"memory_limit: retained needs .*; finite_difference needs .* MiB for one"
+    ):
         score(model, graph, [batch], cross_entropy, HessianTrace(2), memory_limit=need["finite_difference"] // 2)
 
 
@@ -180,12 +182,14 @@ def test_batches_of_any_make_are_divided():
 
 def test_errors():
     for bad in ("much", 0, "-3GiB", "1 QB", "."):
-        with pytest.raises(ScoreError, match="memory_limit: expected bytes or a text such as '10GiB'"):
+        with pytest.raises(MemoryLimitError, match="memory_limit: expected bytes or a text such as '10GiB'"):
             parse_bytes(bad)
     assert parse_bytes("10GiB") == 10 * 2**30 and parse_bytes("1.5 MB") == 1_500_000 and parse_bytes(7) == 7
-    with pytest.raises(ScoreError, match=r"cannot divide the batch along dim 0: its tensors have shapes .*give split="):
+    with pytest.raises(
+        MemoryLimitError, match=r"cannot divide the batch along dim 0: its tensors have shapes .*give split="
+    ):
         split_batch((torch.zeros(3), torch.zeros(4)), 2)
-    with pytest.raises(ScoreError, match="str holds no tensors"):
+    with pytest.raises(MemoryLimitError, match="str holds no tensors"):
         split_batch("a", 2)
     model, graph = mlp()
     batch = torch.randn(6, 5), torch.randint(3, (6,))
@@ -194,14 +198,14 @@ def test_errors():
         loss = cross_entropy(m, b)
         return loss if loss.item() > 0 else loss * 2
 
-    with pytest.raises(ScoreError, match="the loss does not run on fake tensors .*keep .item"):
+    with pytest.raises(MemoryLimitError, match="the loss does not run on fake tensors .*keep .item"):
         score(model, graph, [batch], reads, HessianTrace(), memory_limit="1GiB")
     fits = predicted_peak(model, graph, batch, cross_entropy, HessianTrace(engine="retained"))
     for split, match in (
         (lambda b, n: [((b[0][:3], b[1][:3]), 0.5), ((b[0][3:], b[1][3:]), 0.7)], "must add up to 1, got 1.2"),
         (lambda b, n: [(b[0][:3], b[1][:2])] * 2, "needs its share of the batch"),
     ):
-        with pytest.raises(ScoreError, match=match):
+        with pytest.raises(MemoryLimitError, match=match):
             score(
                 model,
                 graph,

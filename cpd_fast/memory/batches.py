@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from cpd_fast.errors import ScoreError
+from cpd_fast.errors import MemoryLimitError
 
 Closure = Callable[[], Tensor]
 Split = Callable[[Any, int], Iterable[Any]]
@@ -42,7 +42,7 @@ class BatchLoss:
         split: ``(batch, micro_batch) -> micro-batches``, or pairs of one and its share of the batch.
 
     Raises:
-        ScoreError: If the batch is to be divided and cannot be.
+        MemoryLimitError: If the batch is to be divided and cannot be.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class BatchLoss:
         counts = [count_samples(p) for p, _ in pieces]
         if any(w is None for _, w in pieces):
             if not pieces or any(c is None for c in counts):
-                raise ScoreError(
+                raise MemoryLimitError(
                     "split: a micro-batch whose tensors do not share dim 0 needs its share of the batch; yield pairs "
                     "(micro_batch, share) with shares that add up to 1"
                 )
@@ -73,7 +73,7 @@ class BatchLoss:
             pieces = [(p, (c or 0) / total) for (p, _), c in zip(pieces, counts, strict=True)]
         shares = [float(w) for _, w in pieces if w is not None]
         if abs(sum(shares) - 1) > 1e-6:
-            raise ScoreError(f"split: the shares of the micro-batches must add up to 1, got {sum(shares):g}")
+            raise MemoryLimitError(f"split: the shares of the micro-batches must add up to 1, got {sum(shares):g}")
         self.parts = tuple(
             Part(w, partial(loss_fn, model, p), c) for (p, _), w, c in zip(pieces, shares, counts, strict=True)
         )
@@ -98,7 +98,7 @@ def split_batch(batch: Any, size: int) -> list[Any]:
     """Cut the tensors of a batch (alone, or in tuples, lists and dicts) along dim 0; everything else goes with each.
 
     Raises:
-        ScoreError: If the tensors do not share dim 0, or there are none.
+        MemoryLimitError: If the tensors do not share dim 0, or there are none.
 
     Example:
         >>> import torch
@@ -109,7 +109,7 @@ def split_batch(batch: Any, size: int) -> list[Any]:
     shapes = [tuple(t.shape) for t in leaves if isinstance(t, Tensor) and t.dim() > 0]
     samples = count_samples(batch)
     if samples is None:
-        raise ScoreError(
+        raise MemoryLimitError(
             "memory_limit: cannot divide the batch along dim 0: "
             + (f"its tensors have shapes {shapes}" if shapes else f"{type(batch).__name__} holds no tensors")
             + "; give split=(batch, size) -> micro-batches"
@@ -121,3 +121,11 @@ def split_batch(batch: Any, size: int) -> list[Any]:
         )
         for i in range(0, samples, size)
     ]
+
+
+def first_part(batch: Any, n: int, split: Split | None) -> Any:
+    """The first micro-batch of a batch."""
+    if split is None:
+        return split_batch(batch, n)[0]
+    piece = next(iter(split(batch, n)))
+    return piece[0] if isinstance(piece, tuple) and len(piece) == 2 and isinstance(piece[1], float) else piece
