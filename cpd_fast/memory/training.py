@@ -282,7 +282,7 @@ def fit_memory(
         >>> loss_fn = lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1])
         >>> fit = fit_memory(model, batch, loss_fn, optimizer, "16MiB")
         >>> print(fit.choice)
-        micro-batches of 1366: about 14.5 MiB of 16.0 MiB
+        micro-batches of 1366: about 14.3 MiB of 16.0 MiB
         >>> loss = fit.backward(batch)
         >>> optimizer.step()
     """
