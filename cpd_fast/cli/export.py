@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from cpd_fast.cli.shared import as_json
 from cpd_fast.errors import RunFolderError
 
 
-class Format(StrEnum):
+class Format(str, Enum):
     """File formats."""
 
     onnx = "onnx"
