@@ -36,7 +36,7 @@ NATIVE := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml con
 	touch $@
 
 docs: .venv/docs.ok
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # A CPU-only wheel and, where nvcc is, one with CUDA code; each is installed in a clean environment and used there.
 wheel:
