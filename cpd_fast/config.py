@@ -57,13 +57,17 @@ class CompressConfig:
     distill_weight: float = _range(
         3.0, 0, 1e4, "weight of the distillation loss beside the task's own", (CPD, EAGLEEYE)
     )
-    candidates: int = _range(100, 1, 10**6, "plans that the search evaluates", (EAGLEEYE,))
-    calibration_batches: int = _range(19, 1, 10**5, "batches of adaptive batch norm", (EAGLEEYE,))
-    search_images: int = _range(2500, 1, 10**7, "pictures of the val split that rank a candidate", (EAGLEEYE,))
-    rounds: int = _range(
-        4, 1, 100, "rounds of pruning the teacher's weights; each takes a fifth", (PRUNE_THEN_DISTILL,)
+    search_ratios: int = _range(
+        0, 0, 1, "1: a search picks how many channels each group keeps; 0: one ranking over all groups", (CPD,)
     )
-    round_steps: int = _range(100, 1, 10**7, "steps of training after each round", (PRUNE_THEN_DISTILL,))
+    candidates: int = _range(100, 1, 10**6, "plans that the search evaluates", (CPD, EAGLEEYE))
+    calibration_batches: int = _range(19, 1, 10**5, "batches of adaptive batch norm", (CPD, EAGLEEYE))
+    search_images: int = _range(2500, 1, 10**7, "pictures of the val split that rank a candidate", (CPD, EAGLEEYE))
+    prune_teacher: int = _range(
+        0, 0, 1, "1: the teacher's weights are pruned in rounds first; 0: the teacher as it is", (CPD, EAGLEEYE)
+    )
+    rounds: int = _range(4, 1, 100, "rounds of pruning the teacher's weights; each takes a fifth")
+    round_steps: int = _range(100, 1, 10**7, "steps of training after each round")
     alpha: float = _range(0.95, 0, 1, "share of the teacher in the student's loss", (PRUNE_THEN_DISTILL,))
     kd_temperature: float = _range(10.0, 1e-3, 1e3, "temperature of the student's loss", (PRUNE_THEN_DISTILL,))
     inherit: int = _range(

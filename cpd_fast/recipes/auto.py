@@ -14,17 +14,18 @@ from torch import nn
 
 from cpd_fast.config import ConfigError
 from cpd_fast.errors import RunFolderError
-from cpd_fast.recipes.comb_prune_distill import CompressRun, Result, run_recipe
+from cpd_fast.recipes.comb_prune_distill import CpdRun
 from cpd_fast.recipes.eagleeye import EagleEyeRun
 from cpd_fast.recipes.progress import Talk
 from cpd_fast.recipes.prune_then_distill import PruneThenDistillRun
+from cpd_fast.recipes.run import Result, Run, run_recipe
 from cpd_fast.recipes.run_folder import CHOICE
 from cpd_fast.recipes.tasks import Task, builtin, default_config
 from cpd_fast.recipes.training import adamw, batch_of, train_step
 from cpd_fast.types import Target
 
-RUNS: dict[str, type[CompressRun]] = {
-    "cpd": CompressRun,
+RUNS: dict[str, type[Run]] = {
+    "cpd": CpdRun,
     "eagleeye": EagleEyeRun,
     "prune_then_distill": PruneThenDistillRun,
 }

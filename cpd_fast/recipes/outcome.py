@@ -44,11 +44,11 @@ def finish(
     quality_over_time: list[tuple[str, int, float, float]],
     seconds: dict[str, float],
     command: str,
-    remarks: tuple[str, ...] | None = None,
+    remarks: tuple[str, ...],
 ) -> Results:
     """Evaluate on the test split, export, time, and write ``results.json`` and ``report.html``.
 
-    ``remarks`` say how the two networks were trained, where that is not as :func:`recipes.cpd` does it.
+    ``remarks`` say how the two networks were trained.
     """
     data, names, notes = task.data, ("teacher", "student"), []
     networks = dict(zip(names, (teacher, student), strict=True))
@@ -93,7 +93,7 @@ def finish(
             settings=folder.read_json("run.json")["settings"],
             command=command,
             environment=environment(),
-            notes=(*_data_notes(task), *((training_note(config),) if remarks is None else remarks), *notes),
+            notes=(*_data_notes(task), *remarks, *notes),
             seconds=seconds,
             quality=tuple(quality_over_time),
             memory_mib=peak_memory_mib(),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,27 +21,14 @@ from torch.optim import Optimizer
 from cpd_fast.compact import compact
 from cpd_fast.config import CompressConfig
 from cpd_fast.distill import LogitKL
-from cpd_fast.pipeline import comb
-from cpd_fast.prune import WeightMasks
-from cpd_fast.recipes.comb_prune_distill import CompressRun, Result, run_recipe
 from cpd_fast.recipes.progress import Talk
+from cpd_fast.recipes.rounds import FRACTION, PRUNED
+from cpd_fast.recipes.run import Place, Result, Run, run_recipe
 from cpd_fast.recipes.tasks import Task
-from cpd_fast.recipes.training import (
-    adamw,
-    batch_of,
-    one_cycle,
-    restore_training_state,
-    stage_seed,
-    train_step,
-    training_state,
-)
-from cpd_fast.report import GROUPS, groups_figure
+from cpd_fast.recipes.training import adamw, one_cycle, stage_seed, training_state
 from cpd_fast.schedule import CandidateSpace, match_plan, plan_cost
 from cpd_fast.score import Magnitude, score
 from cpd_fast.types import ChannelGraph, PrunePlan, Target
-
-PRUNED = "pruned_teacher.safetensors"
-MASK, FRACTION = "mask.", 0.2
 
 
 def prune_then_distill(
@@ -91,11 +78,8 @@ def prune_then_distill(
     )
 
 
-class PruneThenDistillRun(CompressRun):
-    """One run of Prune, then Distill: the stages in order; each either does its work or finds it done."""
-
-    after_teacher: ClassVar[str] = "rounds"
-    masks: WeightMasks | None = None
+class PruneThenDistillRun(Run):
+    """One run of Prune, then Distill."""
 
     @classmethod
     def defaults(cls, config: CompressConfig, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,63 +87,29 @@ class PruneThenDistillRun(CompressRun):
         steps = config.teacher_steps + config.prune_steps + config.finetune_steps
         return {} if "finetune_steps" in given else {"finetune_steps": steps}
 
-    def go(self) -> Result:
-        """All stages."""
-        torch.manual_seed(stage_seed(self.config.seed, "teacher"))
-        teacher = self.task.build()
-        stage, step, tensors, state = self._resume()
-        teacher = self._teacher(teacher, step if stage == "teacher" else None, tensors)
-        if stage == "teacher":
-            stage, step, tensors = self.after_teacher, 0, {}
-        graph = comb(teacher, self.task.example_inputs())
-        self.folder.write(GROUPS, groups_figure(graph))
-        pruned = copy.deepcopy(teacher)
-        if stage == "rounds":
-            plan = self._rounds(pruned, graph, step, tensors)
-            small, optimizer = self._student(pruned, graph, plan)
-            self._checkpoint("finetune", 0, training_state(small, optimizer), {"plan": plan.to_json()})
-            stage, step, tensors = "finetune", 0, {}
-        else:
-            pruned.load_state_dict(self._read(PRUNED)[0])
-            plan = PrunePlan.from_json(state["plan"])
-            small, optimizer = self._student(pruned, graph, plan)
-        self.folder.write("plan.json", plan.to_json())
-        if stage == "finetune":
-            self._finetune(pruned.eval(), small, optimizer, plan, step, tensors)
-            self._batch_norm(small)
-            self._save_student(small, graph, plan)
-        return self._end(stage, teacher, graph, plan, None, self._remarks(graph, plan))
+    def between(self) -> tuple[str, ...]:
+        """The rounds, and the student's widths."""
+        return ("rounds", "match")
 
-    # ------------------------------------------------------------------------------------------------------ stages
-    def _rounds(self, pruned: nn.Module, graph: ChannelGraph, step: int, tensors: dict[str, Tensor]) -> PrunePlan:
-        """Prune and train the copy of the teacher, in place; the plan of the student that its weights ask for."""
-        c, loss_of = self.config, self.task.loss()
-        masks = self.masks = WeightMasks(pruned)
-        optimizer: Optimizer = adamw(pruned, c.weight_decay)
-        if step:
-            restore_training_state(pruned, optimizer, tensors)
-            masks.load_state_dict({k.removeprefix(MASK): v for k, v in tensors.items() if k.startswith(MASK)})
-        masks.attach(optimizer)
+    def shape(self, mentor: nn.Module, graph: ChannelGraph, at: Place) -> tuple[PrunePlan, nn.Module, Optimizer]:
+        """The student that the pruned teacher's weights ask for."""
+        is_new = at.stage == "match"
+        plan = self._plan(mentor, graph) if is_new else PrunePlan.from_json(at.state["plan"])
+        small, optimizer = self._student(mentor, graph, plan)
+        if is_new:
+            self.go_on(at, training_state(small, optimizer), {"plan": plan.to_json()})
+        return plan, small, optimizer
 
-        def one(step: int) -> float:
-            at = step % c.round_steps
-            if at == 0:
-                masks.prune(FRACTION)
-                optimizer.state.clear()
-            x, y = batch_of(self.task, c.batch_size, c.seed, "rounds", step)
-            lr = one_cycle(c.teacher_lr, at, c.round_steps)
-            return train_step(pruned, optimizer, lr, stage_seed(c.seed, "rounds", step), lambda: loss_of(pruned(x), y))
-
-        self._loop("rounds", "Prune the teacher", step, c.rounds * c.round_steps, one, pruned, optimizer, {})
-        masks.remove()
-        self.masks = None
-        self._write_tensors(PRUNED, pruned.state_dict(), {})
-        plan = match_plan(graph, masks.nonzeros())
-        counts = {g.name: len(plan.get(g.name, range(g.n_channels))) for g in graph.groups}
+    def _plan(self, pruned: nn.Module, graph: ChannelGraph) -> PrunePlan:
+        """Widths at which layers hold as many weights, scaled down together where that is above the target."""
+        c = self.config
+        plan = match_plan(graph, self.read_tensors(PRUNED)[1]["nonzeros"])
         if plan_cost(graph, plan).macs > c.target_macs * plan_cost(graph).macs:
+            counts = {g.name: len(plan.get(g.name, range(g.n_channels))) for g in graph.groups}
             space = CandidateSpace(
-                graph, score(pruned, graph, criterion=Magnitude(p=1)), Target(macs=c.target_macs), round_to=c.round_to
-            )
+                graph, score(pruned, graph, criterion=Magnitude(p=1)), Target(macs=c.target_macs), round_to=c.round_to,
+                max_pruning_ratio=c.max_pruning_ratio, min_channels=c.min_channels,
+            )  # fmt: skip
             ratios = [counts[name] / graph[name].n_channels for name in space.names]
             plan = space.plan(space.counts(ratios))
             self.talk.say("The student that the pruned teacher shapes is above the target; its widths are scaled down.")
@@ -178,8 +128,12 @@ class PruneThenDistillRun(CompressRun):
                     reset()  # the starting weights that a layer of this size gets
         return small, adamw(small, self.config.weight_decay)
 
-    # --------------------------------------------------------------------------------------------------------- parts
-    def _distil_loss(self, teacher: nn.Module, student: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    def finetune_lr(self, step: int) -> float:
+        """From scratch the student learns at the teacher's rate."""
+        c = self.config
+        return super().finetune_lr(step) if c.inherit else one_cycle(c.teacher_lr, step, c.finetune_steps)
+
+    def distil_loss(self, teacher: nn.Module, student: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         """``alpha * T^2 KL(teacher || student) + (1 - alpha) * the task's own``."""
         c, loss_of = self.config, self.task.loss()
         imitate = LogitKL(temperature=c.kd_temperature, loss_weight=c.alpha)
@@ -192,12 +146,8 @@ class PruneThenDistillRun(CompressRun):
 
         return loss
 
-    def _checkpoint(self, stage: str, step: int, tensors: dict[str, Tensor], keep: dict[str, Any]) -> None:
-        if stage == "rounds" and self.masks is not None:
-            tensors = {**tensors, **{f"{MASK}{k}": v.to(torch.uint8) for k, v in self.masks.state_dict().items()}}
-        super()._checkpoint(stage, step, tensors, keep)
-
-    def _remarks(self, graph: ChannelGraph, plan: PrunePlan) -> tuple[str, ...]:
+    def remarks(self, graph: ChannelGraph, plan: PrunePlan) -> tuple[str, ...]:
+        """What the rounds left, and how long was trained."""
         c = self.config
         share = plan_cost(graph, plan).params / plan_cost(graph).params
         start = "from the pruned teacher's weights" if c.inherit else "from scratch"

@@ -13,7 +13,7 @@ import torch
 from cpd_fast import recipes
 from cpd_fast.config import ConfigError
 from cpd_fast.errors import DataError, PlanError, RunFolderError, TrainingError
-from cpd_fast.recipes import comb_prune_distill, evaluate
+from cpd_fast.recipes import comb_prune_distill, evaluate, run
 from cpd_fast.report import Results
 from cpd_fast.types import PrunePlan
 
@@ -48,7 +48,7 @@ def test_run_reaches_the_target_and_leaves_its_files(uninterrupted):
 
 
 def test_finished_run_is_found_finished(tiny, uninterrupted, monkeypatch):
-    monkeypatch.setattr(comb_prune_distill, "finish", None)
+    monkeypatch.setattr(run, "finish", None)
     again = tiny.run(uninterrupted.run_dir)
     assert again.plan == uninterrupted.plan and again.results == uninterrupted.results
 
@@ -108,11 +108,13 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_resume(tiny, tmp_path, monkey
         return loss
 
     calls = []
-    monkeypatch.setattr(comb_prune_distill, "train_step", interrupted)
+    for module in (run, comb_prune_distill):
+        monkeypatch.setattr(module, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         recipes.cpd(tiny.classification(), run_dir=tmp_path, **tiny.SETTINGS)
     assert "run the same command again to continue" in " ".join(capsys.readouterr().err.split())
-    monkeypatch.setattr(comb_prune_distill, "train_step", step_of)
+    for module in (run, comb_prune_distill):
+        monkeypatch.setattr(module, "train_step", step_of)
     with recipes.RunFolder(tmp_path, {"recipe": "cpd", "task": "brightness", **settings_of(tmp_path)}) as folder:
         stage, step, _, _ = folder.load_checkpoint()
     assert (stage, step) == ("prune", 3)

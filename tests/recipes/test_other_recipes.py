@@ -1,7 +1,6 @@
-"""EagleEye and Prune-then-Distill from end to end on a task of a second, and killed in the middle."""
+"""EagleEye, Prune-then-Distill and CPD with parts of both, end to end on a task of a second, and killed in between."""
 
 import contextlib
-import importlib
 import os
 import signal
 
@@ -11,6 +10,8 @@ import torch
 import cpd_fast as cpd
 from cpd_fast.errors import PlanError, RunFolderError
 from cpd_fast.prune import WeightMasks
+from cpd_fast.recipes import comb_prune_distill, ranking
+from cpd_fast.recipes.run import Run
 from cpd_fast.store import read_tensors
 from cpd_fast.types import PrunePlan
 
@@ -18,7 +19,11 @@ pytest.importorskip("optuna")
 SMALL = {
     "eagleeye": {"candidates": 5, "calibration_batches": 2, "search_images": 32, "finetune_steps": 4},
     "prune_then_distill": {"rounds": 2, "round_steps": 3, "finetune_steps": 5, "target": 0.7, "round_to": 1},
-}
+    "cpd": {
+        "search_ratios": 1, "candidates": 5, "calibration_batches": 2, "search_images": 32,
+        "prune_teacher": 1, "rounds": 2, "round_steps": 3,
+    },
+}  # fmt: skip
 LEFT = ("plan.json", "student.safetensors", "teacher.safetensors", "results.json", "report.html", "run.json")
 
 
@@ -34,9 +39,12 @@ def test_run_reaches_the_target_and_leaves_its_files(finished):
     assert r.student.macs <= SMALL[recipe].get("target", 0.5) * r.teacher.macs
     assert all((result.run_dir / name).is_file() for name in LEFT)
     assert sum(p.numel() for p in result.student.parameters()) == r.student.params
-    assert r.settings["recipe"] == recipe and any(recipe[:5] in n.lower().replace(", then", "_then") for n in r.notes)
-    asked = "candidates" if recipe == "eagleeye" else "rounds"
-    assert asked in r.settings and "prune_events" not in r.settings
+    notes = " ".join(r.notes)
+    assert r.settings["recipe"] == recipe
+    assert ("EagleEye: the best of 5 candidates" in notes) == (recipe != "prune_then_distill")
+    assert ("Prune, then Distill: 2 rounds" in notes) == (recipe != "eagleeye")
+    assert ("candidates" in r.settings) == (recipe != "prune_then_distill")
+    assert "rounds" in r.settings and ("prune_events" in r.settings) == (recipe == "cpd")
 
 
 def in_a_fork(work):
@@ -70,6 +78,34 @@ def test_finished_run_is_found_finished(finished, tiny):
     assert again.plan == whole.plan and again.results == whole.results
 
 
+def test_cpd_keeps_what_the_search_found(tiny, tmp_path, monkeypatch):
+    found, ranked, best_plan = [], [], comb_prune_distill.best_plan
+
+    def noted(run, model, graph, scores):
+        ranked.append(scores.criterion)
+        found.append(best_plan(run, model, graph, scores))
+        return found[-1]
+
+    monkeypatch.setattr(comb_prune_distill, "best_plan", noted)
+    result = tiny.run(tmp_path / "a", recipe="cpd", **SMALL["cpd"])
+    plain = tiny.run(tmp_path / "b", recipe="cpd")
+    widths = [{k: len(v) for k, v in p.items()} for p in (found[0], result.plan, plain.plan)]
+    assert widths[0] == widths[1] != widths[2]
+    assert found[0] != result.plan  # which channels these are, the masked training says
+    assert [r.split("(")[0] for r in ranked] == ["HessianTrace"]
+
+
+def test_the_pruned_teacher_starts_and_teaches_the_student(tiny, tmp_path, monkeypatch):
+    heard, distil_loss = [], Run.distil_loss
+    monkeypatch.setattr(Run, "distil_loss", lambda self, t, s: heard.append(t) or distil_loss(self, t, s))
+    result = tiny.run(tmp_path, recipe="eagleeye", **SMALL["eagleeye"], prune_teacher=1, rounds=2, round_steps=3)
+    saved, head = read_tensors(tmp_path / "pruned_teacher.safetensors", "cpd_fast.tensors", 1)
+    (mentor,) = heard
+    assert all(torch.equal(v, saved[k]) for k, v in mentor.state_dict().items()) and not mentor.training
+    assert any(not torch.equal(v, saved[k]) for k, v in result.teacher.state_dict().items())
+    assert all(int((saved[k] != 0).sum()) == n for k, n in head["nonzeros"].items())
+
+
 def test_a_folder_of_another_recipe(finished, tiny):
     recipe, whole = finished
     other = next(r for r in SMALL if r != recipe)
@@ -83,8 +119,7 @@ def test_unreachable_target(tiny, tmp_path):
 
 
 def test_ctrl_c_in_the_search_keeps_its_candidates(tiny, tmp_path, monkeypatch):
-    eagleeye = importlib.import_module("cpd_fast.recipes.eagleeye")  # the package's `eagleeye` is the function
-    calls, evaluate = [], eagleeye.evaluate
+    calls, evaluate = [], ranking.evaluate
 
     def interrupted(*args):
         calls.append(1)
@@ -92,7 +127,7 @@ def test_ctrl_c_in_the_search_keeps_its_candidates(tiny, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return evaluate(*args)
 
-    monkeypatch.setattr(eagleeye, "evaluate", interrupted)
+    monkeypatch.setattr(ranking, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tiny.run(tmp_path, recipe="eagleeye", **SMALL["eagleeye"])
     assert len(calls) == 3
