@@ -20,7 +20,8 @@ from cpd_fast.score import Magnitude, score
 from cpd_fast.search.calibration import Batch, materialise
 from cpd_fast.search.candidates import CandidateBuilder
 from cpd_fast.search.result import Candidate, SearchResult, pareto_front
-from cpd_fast.search.study import RECORD, WORKER, Copy, Report, Study, check_value
+from cpd_fast.search.study import Copy, Report, Study, check_value
+from cpd_fast.search.trials import RECORD, WORKER
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
 
 DEFAULT_STORAGE = "cpd_search.sqlite3"

@@ -8,7 +8,6 @@ that failed without a record belongs to a dead worker.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import logging
 import math
@@ -16,24 +15,19 @@ import os
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cpd_fast.errors import SearchError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows; there, the first worker should have a second's start
-    fcntl = None  # type: ignore[assignment]
+from cpd_fast.search.storage import open_storage, storage_errors, storage_url
+from cpd_fast.search.trials import RECORD, RETRY_OF, WORKER, counts, families, originals, record_of, slots_of
 
 SAMPLERS = ("random", "tpe", "cmaes", "nsga2")
 PRUNERS = ("median", "halving", "hyperband")
 FINGERPRINT = "cpd_fast"  # user attribute of the study
-RECORD, RETRY_OF, WORKER = "record", "retry_of", "worker"  # user attributes of a trial
 MOST_RETRIES = 3  # a candidate that kills its worker this often more is given up
 MOST_COPIES = 50  # in a row: the space has no more plans
 POLL_S = 0.2
@@ -122,13 +116,13 @@ class Study:
             raise SearchError("pruner: candidates of two objectives (nsga2) cannot be stopped early; leave it out")
         self._optuna = optuna()
         self._optuna.logging.get_logger("optuna").setLevel(logging.ERROR)  # failures are kept and reported by us
-        self.url = _url(storage)
+        self.url = storage_url(storage)
         self._names, self._lowest = tuple(names), tuple(lowest)
         self._sampler, self._seed, self._worker = sampler, seed, worker or f"process {os.getpid()}"
         self._two = sampler == "nsga2"
         self._grace_s = 3 * heartbeat_s
-        with self._storage_errors():
-            self._storage = self._open(heartbeat_s, storage_timeout_s)
+        with storage_errors(self._optuna, self.url):
+            self._storage = open_storage(self._optuna, self.url, heartbeat_s, self._grace_s, storage_timeout_s)
             self._study = self._optuna.create_study(
                 storage=self._storage,
                 study_name=name,
@@ -138,19 +132,6 @@ class Study:
                 load_if_exists=True,
             )
             self._claim(dict(fingerprint))
-
-    def _open(self, heartbeat_s: int, timeout_s: float) -> Any:
-        if self.url is None:
-            return self._optuna.storages.InMemoryStorage()
-        options: dict[str, Any] = {}
-        if self.url.startswith("sqlite"):
-            options["creator"] = _sqlite(self.url, timeout_s)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with _one_at_a_time(self.url):
-                return self._optuna.storages.RDBStorage(
-                    self.url, engine_kwargs=options, heartbeat_interval=heartbeat_s, grace_period=self._grace_s
-                )
 
     def _claim(self, fingerprint: dict[str, Any]) -> None:
         """Write the fingerprint into a new study, or compare it.
@@ -201,7 +182,7 @@ class Study:
         Raises:
             SearchError: If the storage fails.
         """
-        with self._storage_errors():
+        with storage_errors(self._optuna, self.url):
             if alone:
                 for t in self._trials():
                     if not t.state.is_finished() and t.state.name == "RUNNING":
@@ -211,7 +192,7 @@ class Study:
                 trials = self._trials()
                 if self._mend(trials):
                     continue
-                if len(_originals(trials)) >= number and not any(t.state.name == "WAITING" for t in trials):
+                if len(originals(trials)) >= number and not any(t.state.name == "WAITING" for t in trials):
                     if not any(t.state.name == "RUNNING" for t in trials):
                         return
                     time.sleep(POLL_S)
@@ -239,7 +220,7 @@ class Study:
             try:
                 trials = self._trials()
                 self._refuse_surplus(trial, trials, number)
-                done.candidate = _slots(trials)[trial.user_attrs.get(RETRY_OF, trial.number)]
+                done.candidate = slots_of(trials)[trial.user_attrs.get(RETRY_OF, trial.number)]
                 if self._sampler == "random":
                     self._study.sampler.candidate = done.candidate
                 ratios = tuple(
@@ -285,11 +266,11 @@ class Study:
 
     def _known(self, trials: list[Any]) -> dict[int, tuple[int, ...]]:
         """The counts of the candidates that have been evaluated, by number."""
-        slots = _slots(trials)
+        slots = slots_of(trials)
         return {
-            slots[t.user_attrs.get(RETRY_OF, t.number)]: tuple(_record(t)["counts"])
+            slots[t.user_attrs.get(RETRY_OF, t.number)]: tuple(record_of(t)["counts"])
             for t in trials
-            if _record(t).get("counts") and t.user_attrs.get(RETRY_OF, t.number) in slots
+            if record_of(t).get("counts") and t.user_attrs.get(RETRY_OF, t.number) in slots
         }
 
     def _reporter(self, trial: Any) -> Report:
@@ -310,11 +291,11 @@ class Study:
         """
         origin = trial.user_attrs.get(RETRY_OF)
         if origin is None:
-            if sum(t.number < trial.number for t in _originals(trials)) >= number:
+            if sum(t.number < trial.number for t in originals(trials)) >= number:
                 raise Surplus
         else:  # two workers may have mended the same candidate
             family = [t for t in trials if t.user_attrs.get(RETRY_OF) == origin and t.number != trial.number]
-            if any(_counts(t) or (not t.state.is_finished() and t.number < trial.number) for t in family):
+            if any(counts(t) or (not t.state.is_finished() and t.number < trial.number) for t in family):
                 raise Surplus
 
     # ------------------------------------------------------------------------------------------------ dead workers
@@ -322,9 +303,9 @@ class Study:
         """Queue a retry for every candidate whose worker died; True if there was one."""
         create = self._optuna.trial.create_trial
         mended = False
-        for family in _families(trials).values():
+        for family in families(trials).values():
             last = family[-1]
-            is_open = any(_counts(t) or not t.state.is_finished() for t in family)
+            is_open = any(counts(t) or not t.state.is_finished() for t in family)
             if is_open or len(family) > MOST_RETRIES:
                 continue
             self._study.add_trial(
@@ -365,12 +346,12 @@ class Study:
         Raises:
             SearchError: If the storage fails.
         """
-        with self._storage_errors():
+        with storage_errors(self._optuna, self.url):
             trials = self._trials()
         found = []
-        for family in _families(trials).values():
-            counted = sorted((t for t in family if _counts(t)), key=lambda t: (t.state.name != "COMPLETE", t.number))
-            found.append((_slots(trials)[family[0].number], counted[0] if counted else family[-1]))
+        for family in families(trials).values():
+            counted = sorted((t for t in family if counts(t)), key=lambda t: (t.state.name != "COMPLETE", t.number))
+            found.append((slots_of(trials)[family[0].number], counted[0] if counted else family[-1]))
         return sorted(found, key=lambda pair: pair[0])
 
     def _trials(self) -> list[Any]:
@@ -409,129 +390,8 @@ class Study:
             return pruners.HyperbandPruner()
         return pruners.NopPruner()
 
-    @contextmanager
-    def _storage_errors(self) -> Iterator[None]:
-        """Errors of the database as one sentence.
-
-        Raises:
-            SearchError: For every one of them.
-            UnboundLocalError: For one that has nothing to do with them.
-        """
-        from sqlalchemy.exc import SQLAlchemyError
-
-        kinds = (self._optuna.exceptions.StorageInternalError, SQLAlchemyError)
-        try:
-            yield
-        except (*kinds, UnboundLocalError) as e:  # the last: an error while Optuna's optimize writes a result down
-            chain = _chain(e)
-            if not any(isinstance(c, kinds) for c in chain):
-                raise
-            told = [str(c.orig) for c in chain if getattr(c, "orig", None)]  # what the database itself said
-            said = (told or [str(e)])[0].splitlines()[0]
-            advice = (
-                "another process holds it; wait for that one, or use a database server for many workers"
-                if "locked" in said
-                else "put it back or choose another storage"
-            )
-            raise SearchError(f"storage {self.url}: {said}; {advice}. Finished candidates are kept in it") from e
-        except ImportError as e:  # of a database driver
-            raise SearchError(f"storage {self.url}: {e}; install the driver of this database") from e
-
 
 # -------------------------------------------------------------------------------------------------------------- parts
-def _chain(e: BaseException | None) -> list[Any]:
-    """An error and what led to it."""
-    chain: list[Any] = []
-    while e is not None and e not in chain:
-        chain.append(e)
-        e = e.__cause__ or e.__context__
-    return chain
-
-
-def _record(t: Any) -> dict[str, Any]:
-    return t.user_attrs.get(RECORD) or {}
-
-
-def _counts(t: Any) -> bool:
-    """Whether a finished trial settles its candidate."""
-    if t.state.name == "FAIL":
-        return _record(t).get("outcome") == "failed"
-    return t.state.name in ("COMPLETE", "PRUNED")
-
-
-def _originals(trials: list[Any]) -> list[Any]:
-    """The trials that stand for a candidate: no retries, copies or surplus."""
-    copies = {t.user_attrs.get(RETRY_OF) for t in trials if _record(t).get("outcome") == "copy"}
-    return [
-        t
-        for t in trials
-        if RETRY_OF not in t.user_attrs
-        and t.number not in copies
-        and _record(t).get("outcome") not in ("copy", "surplus")
-    ]
-
-
-def _slots(trials: list[Any]) -> dict[int, int]:
-    """Number of the candidate that an original trial (or a copy) stands for: retries and surplus leave no gaps.
-
-    So a search that was interrupted has the same candidates as one that was not.
-    """
-    firsts = [t.number for t in trials if RETRY_OF not in t.user_attrs and _record(t).get("outcome") != "surplus"]
-    return {number: slot for slot, number in enumerate(sorted(firsts))}
-
-
-def _families(trials: list[Any]) -> dict[int, list[Any]]:
-    """Every candidate's original trial and its retries, in order."""
-    families = {t.number: [t] for t in _originals(trials)}
-    for t in trials:
-        origin = t.user_attrs.get(RETRY_OF)
-        if origin in families and _record(t).get("outcome") != "surplus":
-            families[origin].append(t)
-    return families
-
-
-def _url(storage: str | os.PathLike[str] | None) -> str | None:
-    if storage is None:
-        return None
-    text = os.fspath(storage)
-    return text if "://" in text else f"sqlite:///{text}"
-
-
-@contextmanager
-def _one_at_a_time(url: str) -> Iterator[None]:
-    """Workers that begin together must not create the tables of an SQLite file together."""
-    from sqlalchemy.engine import make_url
-
-    path = make_url(url).database if url.startswith("sqlite") else None
-    if fcntl is None or not path or not os.path.isdir(os.path.dirname(path) or "."):
-        yield
-        return
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _sqlite(url: str, timeout_s: float) -> Callable[[], Any]:
-    """Connections of an SQLite file with a write-ahead log: a commit then costs no flush to the disk.
-
-    A killed process loses nothing; a power cut may lose the last candidates, and leaves the file whole.
-    """
-    import sqlite3
-
-    from sqlalchemy.engine import make_url
-
-    path = make_url(url).database or ""
-
-    def connect() -> Any:
-        connection = sqlite3.connect(path, timeout=timeout_s, check_same_thread=False)
-        with contextlib.suppress(sqlite3.OperationalError):  # another process is setting it at this moment
-            connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        return connection
-
-    return connect
-
-
 def _drawn(seed: int, candidate: int, name: str, low: float, high: float) -> float:
     rng = np.random.default_rng([seed, candidate, zlib.crc32(name.encode())])
     return float(low + (high - low) * rng.random())

@@ -249,3 +249,17 @@ def test_unreachable_target():
 def test_a_value_is_a_plain_number():
     found = run(lambda m: torch.tensor(output_variance(m)))
     assert all(isinstance(v, float) and math.isfinite(v) for v in values(found))
+
+
+def test_any_criterion_says_which_channels_stay():
+    net, graph, calibration = setting()
+    kept = []
+    for criterion in (cpd.Magnitude(p=1), cpd.Random(generator=torch.Generator().manual_seed(0))):
+        scores = cpd.score(net, graph, criterion=criterion)
+        found = run(made=(net, graph, calibration), num_candidates=3, scores=scores)
+        kept.append(found)
+        for name, channels in found.plan.items():
+            order = torch.argsort(scores[name], descending=True)[: len(channels)]
+            assert sorted(order.tolist()) == list(channels)
+    assert [c.counts for c in kept[0].candidates] == [c.counts for c in kept[1].candidates]
+    assert kept[0].plans[0] != kept[1].plans[0]
