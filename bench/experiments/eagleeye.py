@@ -274,7 +274,7 @@ def summarise(path: Path) -> None:
         pilot = [r["tuned"] for k, r in rows.items() if k.startswith(f"pilot {rate} ")]
         if pilot:
             out["pilot"][str(rate)] = {"reliability": reliability(np.array(pilot)), "tuned": pilot}
-    out["correlation"], out["spread"], out["plans"] = {}, {}, {}
+    out["correlation"], out["spread"], out["plans"], out["lost by the choice"] = {}, {}, {}, {}
     points: dict[str, Any] = {}
     for target in TARGETS:
         complete = {
@@ -285,6 +285,8 @@ def summarise(path: Path) -> None:
         for kind in ("adaptive", "vanilla"):
             for seed, own in complete.items():
                 pair = np.array([r[kind] for r in own]), np.array([r["tuned"][0] for r in own])
+                lost = float(pair[1].max() - pair[1][pair[0].argmax()])  # by choosing by accuracy before fine-tuning
+                out["lost by the choice"][f"{target} seed {seed} {kind}"] = lost
                 points[f"{target} seed {seed} {kind}"] = pair
                 out["correlation"][f"{target} seed {seed} {kind}"] = correlations([pair])
             if complete:
