@@ -29,6 +29,7 @@ RUNS: dict[str, type[Run]] = {
     "eagleeye": EagleEyeRun,
     "prune_then_distill": PruneThenDistillRun,
 }
+PARTS = ("search_ratios", "prune_teacher")  # of other recipes, which take time that is not counted here
 TRAINING_SHARE = 0.8  # of the minutes; the rest is for measuring, exporting and the report
 FORWARDS_A_STEP = 3.0  # a training step costs about as much as three forwards of its batch
 LEAST_MASKED = 60  # steps below which CPD's scores and masks have no time to settle
@@ -131,7 +132,8 @@ def auto(
         What the chosen recipe returns.
 
     Raises:
-        ConfigError: If ``minutes`` is no positive number, or too few for a few training steps.
+        ConfigError: If ``minutes`` is no positive number, or too few for a few training steps, or ``search_ratios`` or
+            ``prune_teacher`` are asked for.
         RunFolderError: If the folder cannot be used, or was made for other minutes.
 
     Example:
@@ -140,6 +142,11 @@ def auto(
     """
     if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 < minutes < float("inf"):
         raise ConfigError(f"minutes={minutes!r}: expected a positive number of minutes")
+    parts = [name for name in PARTS if settings.get(name)]
+    if parts:
+        raise ConfigError(
+            f"auto: {', '.join(parts)} is not in what it shares the minutes out to; name a recipe instead"
+        )
     loaded = builtin(task, data_dir) if isinstance(task, str) else task
     folder = Path(run_dir)
     if (folder / "run.json").is_file():

@@ -34,6 +34,12 @@ def test_too_little_time():
             recipes.auto("climate", minutes=minutes, run_dir="nowhere")
 
 
+@pytest.mark.parametrize("part", ["search_ratios", "prune_teacher"])
+def test_parts_that_take_time_are_not_shared_out(part):
+    with pytest.raises(ConfigError, match=f"auto: {part} is not in what it shares the minutes out to"):
+        recipes.auto("climate", minutes=1, run_dir="nowhere", **{part: 1})
+
+
 def test_a_run_says_why_and_resumes_with_its_choice(tiny, tmp_path, monkeypatch):
     module = importlib.import_module("cpd_fast.recipes.auto")  # the package's `auto` is the function
     monkeypatch.setattr(module, "seconds_a_step", lambda *_: 0.8 * 60 / 40)
