@@ -120,14 +120,24 @@ class Layout:
         """:meth:`reduce` of values (by number of the parameter) times the signs of a probe, added to ``out``."""
         return hutchinson_reduce(self.table, values, seed, probe, out=out, alpha=share)
 
-    def reduce_product(self, a: Mapping[str, Tensor | None], b: Mapping[str, Tensor | None]) -> Tensor:
-        """:meth:`reduce` of ``a * b``, in the accumulation dtype."""
-        products: dict[str, Tensor | None] = {}
-        for name in self._pieces:
-            x, y = a.get(name), b.get(name)
-            if x is not None and y is not None:
-                products[name] = x.detach().to(self.dtype) * y.detach().to(self.dtype)
-        return self.reduce(products)
+    def reduce_product(
+        self, a: Mapping[str, Tensor], b: Mapping[str, Tensor | None], kept: Mapping[str, Tensor]
+    ) -> Tensor:
+        """:meth:`reduce` of ``a * b`` (times ``kept``, where there is one), in the accumulation dtype."""
+        pairs = [(name, a[name].detach(), b.get(name)) for name in self._pieces if name in a]
+        given = [(name, x, y.detach()) for name, x, y in pairs if y is not None]
+        out = torch.zeros(self.n_pieces, dtype=self.dtype, device=self.device)
+        # one buffer for all products: fresh memory for each costs more than the products
+        room = out.new_empty(max((x.numel() for _, x, _ in given), default=0))
+        for name, x, y in given:
+            dense = torch.empty_like(x, device="meta").stride()
+            product = room[: x.numel()].as_strided(x.shape, dense)
+            torch.mul(x.to(self.dtype), y.to(self.dtype), out=product)
+            if name in kept:
+                product.mul_(kept[name])
+            self.add(out, name, product)
+        self.note_bad(out)
+        return out
 
     def cells(self, pieces: Tensor) -> Tensor:
         """The sum that each channel owns of each slice: ``(n_cells,)`` from ``(n_pieces,)``."""

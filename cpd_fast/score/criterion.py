@@ -99,7 +99,7 @@ class Context:
                         keep = maps[0]
                         for m in maps[1:]:
                             keep = keep & m
-                        self._masks.kept[name] = keep.to(w.device)
+                        self._masks.kept[name] = keep.to(w.device, w.dtype)
                         ones[name] = self._masks.kept[name].expand(w.shape)
             self._masks.elements = self.layout.cells(self.layout.reduce(ones)).clamp(min=1)
             self._masks.ready = True
@@ -110,6 +110,11 @@ class Context:
         """The scored parameters by name, detached; zero where the plan removed them."""
         kept = self._mask().kept
         return {n: w.detach() * kept[n] if n in kept else w.detach() for n, w in self.params.items()}
+
+    @property
+    def kept(self) -> Mapping[str, Tensor]:
+        """1 where a parameter remains under the plan, else 0, in a shape that expands to its own; cut ones only."""
+        return self._mask().kept
 
     @property
     def elements(self) -> Tensor:

@@ -52,7 +52,7 @@ class Taylor(Criterion):
     def from_gradients(self, context: Context, gradients: Mapping[str, Tensor | None]) -> Tensor:
         """One observation from a training step's gradients, ``(n_channels,)``."""
         layout = context.layout
-        terms = layout.cells(layout.reduce_product(dict(context.weights), gradients)) ** 2
+        terms = layout.cells(layout.reduce_product(context.params, gradients, context.kept)) ** 2
         weights = layout.mean_weights(lambda r: r.slice.produces)
         if self.normalize_cost:
             acts = _activations(context)
