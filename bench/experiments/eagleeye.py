@@ -241,7 +241,7 @@ def reliability(tuned: np.ndarray) -> float:
     return float(1 - np.var(tuned[:, 0] - tuned[:, 1], ddof=1) / 2 / np.mean(np.var(tuned, 0, ddof=1)))
 
 
-def correlations(groups: list[tuple[np.ndarray, np.ndarray]], seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
+def correlations(groups: list[tuple[np.ndarray, np.ndarray]], seed: int = 0, resamples: int = 1000) -> dict[str, Any]:
     """Pearson, Spearman and Kendall of pairs, with 95 % bootstrap intervals.
 
     Several groups (seeds) are pooled after centring each: a better teacher must not look like a better candidate. For
