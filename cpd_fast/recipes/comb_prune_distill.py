@@ -35,7 +35,7 @@ from cpd_fast.schedule import plan_cost
 from cpd_fast.score import HessianTrace, score
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
 
-SCORES = "scores.safetensors"
+SCORES, SEARCH_SCORES = "scores.safetensors", "search_scores.safetensors"
 
 
 def cpd(
@@ -96,8 +96,9 @@ class CpdRun(Run):
     def shape(self, mentor: nn.Module, graph: ChannelGraph, at: Place) -> tuple[PrunePlan, nn.Module, Optimizer]:
         """Prune under masks, at the ratios that a search found or at those of one ranking over all groups."""
         if at.stage == "search":
-            scores = self._score(mentor, graph, "search", 0, None)
-            found = best_plan(self, mentor, graph, scores)
+            if not (self.folder.path / SEARCH_SCORES).exists():  # other threads, other bits: another study
+                self._write_scores(SEARCH_SCORES, self._score(mentor, graph, "search", 0, None))
+            found = best_plan(self, mentor, graph, self._read_scores(SEARCH_SCORES, graph))
             self.go_on(at, keep={"found": found.to_json()})
         student = copy.deepcopy(mentor)
         optimizer: Optimizer = adamw(student, self.config.weight_decay)
@@ -115,8 +116,15 @@ class CpdRun(Run):
 
     def scores(self, graph: ChannelGraph) -> Scores:
         """Of the first scoring under masks."""
-        tensors, head = self.read_tensors(SCORES)
+        return self._read_scores(SCORES, graph)
+
+    def _read_scores(self, name: str, graph: ChannelGraph) -> Scores:
+        tensors, head = self.read_tensors(name)
         return Scores(tensors, criterion=head["criterion"], fingerprint=graph.fingerprint, info=head["info"])
+
+    def _write_scores(self, name: str, scores: Scores) -> None:
+        info = {k: v for k, v in scores.info.items() if isinstance(v, (str, int, float, bool))}
+        self.write_tensors(name, dict(scores), {"criterion": scores.criterion, "info": info})
 
     # ------------------------------------------------------------------------------------------------------- pruning
     def _prune(
@@ -166,8 +174,7 @@ class CpdRun(Run):
         c = self.config
         scores = self._score(student, graph, "prune", step, before)
         if step == 0:  # later scores know nothing of what is gone by then; the report shows the first
-            info = {k: v for k, v in scores.info.items() if isinstance(v, (str, int, float, bool))}
-            self.write_tensors(SCORES, dict(scores), {"criterion": scores.criterion, "info": info})
+            self._write_scores(SCORES, scores)
         most = c.max_pruning_ratio if isinstance(least, float | int) else 1.0
         return make_plan(graph, scores, Target(macs=macs), c.round_to, most, least, start=before, per_cost="macs")
 

@@ -95,6 +95,29 @@ def test_cpd_keeps_what_the_search_found(tiny, tmp_path, monkeypatch):
     assert [r.split("(")[0] for r in ranked] == ["HessianTrace"]
 
 
+def test_a_search_goes_on_with_the_scores_it_began_with(tiny, tmp_path, monkeypatch):
+    """On a resume, scores could differ in their last bits, and the study would be refused as one of other scores."""
+    calls, evaluate, score = [], ranking.evaluate, comb_prune_distill.score
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    def noisy(*args, **options):
+        found = score(*args, **options)
+        for v in found.values():
+            v.mul_(1 + 1e-6 * len(calls))
+        return found
+
+    monkeypatch.setattr(ranking, "evaluate", interrupted)
+    monkeypatch.setattr(comb_prune_distill, "score", noisy)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run(tmp_path, recipe="cpd", **SMALL["cpd"])
+    assert tiny.run(tmp_path, recipe="cpd", **SMALL["cpd"]).results.student.macs > 0
+
+
 def test_the_pruned_teacher_starts_and_teaches_the_student(tiny, tmp_path, monkeypatch):
     heard, distil_loss = [], Run.distil_loss
     monkeypatch.setattr(Run, "distil_loss", lambda self, t, s: heard.append(t) or distil_loss(self, t, s))
