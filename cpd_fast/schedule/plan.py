@@ -245,8 +245,7 @@ def _units(
         )
         counts = _counts(left, min(floor, left), round_to)
         total = np.sum([b.values for b in blocks], axis=0)  # (size,): what removing the j-th lowest of all is worth
-        keys = tuple(float(np.mean(total[size - a : size - b])) for a, b in zip(counts, counts[1:], strict=False))
-        units.append(_Unit(blocks, size, counts, keys))
+        units.append(_Unit(blocks, size, counts, _keys(total, counts, size)))
     if not units:
         why = sorted({g.reason or "no reason given" for g in graph.groups if not g.prunable})
         raise PlanError(
@@ -254,6 +253,13 @@ def _units(
             "print(graph) shows them"
         )
     return units
+
+
+def _keys(total: np.ndarray, counts: tuple[int, ...], size: int) -> tuple[float, ...]:
+    """Mean worth of the channels that each step from one count to the next removes."""
+    if counts[0] - counts[-1] == len(counts) - 1:  # one at a time: nothing to average
+        return tuple(total[size - counts[0] : size - counts[-1]].tolist())
+    return tuple(float(np.mean(total[size - a : size - b])) for a, b in zip(counts, counts[1:], strict=False))
 
 
 def _block(group: CoupledGroup, channels: np.ndarray, values: np.ndarray, alive: np.ndarray) -> _Block:
@@ -354,7 +360,9 @@ def _kept(unit: _Unit, keep: float, round_to: int) -> int:
     if keep == 1 or unit.size <= round_to:
         return unit.size
     wanted = max(1, round(keep * unit.size))
-    return min(unit.counts, key=lambda count: (abs(count - max(round_to, round(wanted / round_to) * round_to)), -count))
+    target = max(round_to, round(wanted / round_to) * round_to)
+    counts = np.array(unit.counts)  # falling: of two that are equally near the larger comes first
+    return int(counts[np.argmin(np.abs(counts - target))])
 
 
 # ------------------------------------------------------------------------------------------------------------- target
