@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import sys
 import types
@@ -41,37 +42,96 @@ def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None, hooks: b
     ``memo`` may hold replacements of tensors by id; ``hooks`` keeps hooks, for forwards that rely on their own.
     """
     memo = {} if memo is None else memo
-    for m in model.modules():
+    modules = list(model.modules())
+    for m in modules:
         for p in m._parameters.values():
             if p is not None and id(p) not in memo:
-                memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.is_floating_point())
+                memo[id(p)] = nn.Parameter(_without_values(p), requires_grad=p.is_floating_point())
         for t in [*m._buffers.values(), *vars(m).values()]:
             if isinstance(t, Tensor) and id(t) not in memo:
-                memo[id(t)] = torch.empty_like(t, device="meta", requires_grad=False)
-        for v in vars(m).values():  # most of what a module holds is empty: hooks, buffers, children
-            if type(v) in (dict, OrderedDict, set) and not v and id(v) not in memo:
-                memo[id(v)] = type(v)()
-    kept = [] if hooks else [(m, h, getattr(m, h)) for m in model.modules() for h in HOOKS if getattr(m, h)]
+                memo[id(t)] = _without_values(t)
+    kept = [] if hooks else [(m, h, getattr(m, h)) for m in modules for h in HOOKS if getattr(m, h)]
     try:
         for m, h, _ in kept:
             setattr(m, h, type(getattr(m, h))())
-        clone = copy.deepcopy(model, memo)
+        clone = copy_modules(model, memo)
     finally:
         for m, h, value in kept:
             setattr(m, h, value)
     return clone
 
 
+def _without_values(t: Tensor) -> Tensor:
+    if t.is_contiguous():
+        return torch.empty(t.shape, dtype=t.dtype, device="meta")
+    return torch.empty_like(t, device="meta", requires_grad=False)
+
+
+def copy_modules(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """What ``copy.deepcopy(model, memo)`` returns, sooner.
+
+    Modules that copy themselves in no way of their own are copied attribute by attribute, and only attributes that
+    need it are left to ``deepcopy``.
+    """
+    pairs = [(m, type(m).__new__(type(m))) for m in model.modules() if id(m) not in memo and _copies_plainly(type(m))]
+    memo.update((id(m), new) for m, new in pairs)
+    for m, new in pairs:
+        new.__dict__.update((name, _copied(value, memo)) for name, value in vars(m).items())
+    return copy.deepcopy(model, memo)
+
+
+_COPIED_BY = ("__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs__", "__getnewargs_ex__", "__deepcopy__")
+
+
+@functools.cache
+def _copies_plainly(kind: type[nn.Module]) -> bool:
+    """Whether copying a module of this class means copying its ``__dict__``."""
+    own = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in (*_COPIED_BY, "__setstate__"))
+    return own and kind not in copyreg.dispatch_table and not any(vars(c).get("__slots__") for c in kind.__mro__)
+
+
+# what ``deepcopy`` hands on as it is
+_ATOMIC = {int, float, bool, str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType, torch.dtype}
+_MAPPINGS = (dict, OrderedDict)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """``copy.deepcopy(value, memo)``; most of what a module holds is a number or a (mostly empty) dict."""
+    kind = type(value)
+    if kind in _ATOMIC or (kind is tuple and all(type(v) in _ATOMIC for v in value)):
+        return value
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    if kind in _MAPPINGS:
+        new = memo[id(value)] = kind()
+        for key, v in value.items():
+            new[key if type(key) in _ATOMIC else copy.deepcopy(key, memo)] = _copied(v, memo)
+        return new
+    if kind is set and not value:
+        new = memo[id(value)] = set()
+        return new
+    return copy.deepcopy(value, memo)
+
+
 _EMPTY = types.CellType()
+# values that are no cache and hold none: nearly all of a namespace
+_INERT = {*_ATOMIC, *_MAPPINGS, set, tuple, list, types.ModuleType, Tensor, nn.Parameter} - {types.FunctionType}
 
 
 def clear_caches(model: nn.Module) -> None:
     """Empty the ``lru_cache`` of functions in reach of a model: a trace may neither read nor leave tensors there."""
-    classes = {kind for m in model.modules() for kind in type(m).__mro__ if not kind.__module__.startswith("torch.")}
-    spaces = [vars(m) for m in model.modules()] + [vars(kind) for kind in classes]
+    modules = list(model.modules())
+    classes = {
+        kind for own in {type(m) for m in modules} for kind in own.__mro__ if not kind.__module__.startswith("torch.")
+    }
+    spaces = [vars(m) for m in modules] + [vars(kind) for kind in classes]
     spaces += [vars(sys.modules[name]) for name in {kind.__module__ for kind in classes} if name in sys.modules]
     for space in spaces:
         for value in list(space.values()):
+            kind = type(value)
+            if kind in _INERT or (kind is types.FunctionType and value.__closure__ is None):
+                continue
             held = [c.cell_contents for c in getattr(value, "__closure__", None) or () if c != _EMPTY]  # decorators
             for found in (value, *held):
                 if isinstance(found, functools._lru_cache_wrapper):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd_fast.adapters import adapt
-from cpd_fast.comb.meta import clone_to_meta, unwrap
+from cpd_fast.comb.meta import clone_to_meta, copy_modules, unwrap
 from cpd_fast.compact.repair import repair, repair_known
 from cpd_fast.compact.replay import Replayer
 from cpd_fast.compact.shrink import Cut, left_shape, make_cut
@@ -187,7 +186,7 @@ def _copy_cut(
             elif name not in scales:
                 continue
             memo[id(t)] = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
-    return copy.deepcopy(model, memo)
+    return copy_modules(model, memo)
 
 
 def _carry_optimizer(
