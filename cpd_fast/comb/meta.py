@@ -86,8 +86,10 @@ _COPIED_BY = ("__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs__", "
 @functools.cache
 def _copies_plainly(kind: type[nn.Module]) -> bool:
     """Whether copying a module of this class means copying its ``__dict__``."""
-    own = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in (*_COPIED_BY, "__setstate__"))
-    return own and kind not in copyreg.dispatch_table and not any(vars(c).get("__slots__") for c in kind.__mro__)
+    plain = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _COPIED_BY)
+    # PyTorch's layers only add there what an older version did not save
+    plain &= kind.__setstate__.__module__.startswith("torch.nn.modules.")
+    return plain and kind not in copyreg.dispatch_table and not any(vars(c).get("__slots__") for c in kind.__mro__)
 
 
 # what ``deepcopy`` hands on as it is
