@@ -86,16 +86,16 @@ def _comb(
     scale_sites = _scale_sites(planes, eval_trace)
     resolved = resolve(store, planes, order)
 
-    converted: dict[int, np.ndarray] = {}  # many tensors share a label array
+    converted: dict[int, tuple[np.ndarray, ...]] = {}  # many tensors share a label array
 
     def to_maps(arrays: Iterable[np.ndarray]) -> tuple[np.ndarray, ...]:
-        maps = []
+        maps: tuple[np.ndarray, ...] = ()
         for a in arrays:
             if id(a) not in converted:
-                converted[id(a)] = resolved.channel[a]
-            if (converted[id(a)] >= 0).any():
-                maps.append(converted[id(a)])
-        return tuple(maps)
+                ids = resolved.channel[a]
+                converted[id(a)] = (ids,) if (ids >= 0).any() else ()
+            maps += converted[id(a)]
+        return maps
 
     parameters = {n for n, _ in model.named_parameters()}
     tensors = {

@@ -122,8 +122,8 @@ SIZED = {
 
 def constants(call: Call) -> tuple[float, ...]:
     """The numbers of a call that must be the same in a compacted model: floats, and integers that are no sizes."""
-    numbers = [v for v in leaves((call.args, call.kwargs)) if isinstance(v, (int, float)) and v is not True]
-    numbers = [v for v in numbers if v is not False]
+    found = leaves([call.args, call.kwargs] if call.kwargs else call.args)
+    numbers = [v for v in found if isinstance(v, (int, float)) and v is not True and v is not False]
     if call.op == "aten.native_group_norm":
         return tuple(numbers[-2:])  # groups, eps
     return tuple(v for v in numbers if isinstance(v, float) or call.op not in SIZED)

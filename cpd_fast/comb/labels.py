@@ -30,6 +30,7 @@ class LabelStore:
         self._pairs: list[np.ndarray] = []  # two labels in one integer
         self._frozen: list[tuple[np.ndarray, int]] = []
         self._consumed: list[np.ndarray] = []
+        self._known: np.ndarray | None = None  # classes of the pairs so far
         self.grids: dict[bytes, tuple[np.ndarray, bool]] = {}
 
     def new(self, n: int) -> np.ndarray:
@@ -45,9 +46,11 @@ class LabelStore:
 
     def unite(self, a: np.ndarray, b: np.ndarray) -> None:
         """Labels at equal positions go together; arrays broadcast."""
-        a, b = np.broadcast_arrays(a, b)
+        if a is b:
+            return
         differ = a != b
         if differ.any():
+            a, b = np.broadcast_arrays(a, b)
             pairs = (a[differ] << 32) | b[differ]
             self._pairs.append(distinct(pairs) if pairs.size > 4096 else pairs)
 
@@ -77,7 +80,10 @@ class LabelStore:
 
     def classes(self) -> np.ndarray:
         """Label -> smallest label it is united with, int64 ``(count,)``."""
+        if self._known is not None and len(self._pairs) <= 1 and len(self._known) == self.count:
+            return self._known  # nothing was united since
         root = np.arange(self.count, dtype=np.int64)
+        self._known = root
         if not self._pairs:
             return root
         pairs = distinct(np.concatenate(self._pairs))
@@ -87,6 +93,7 @@ class LabelStore:
             a, b = root[left], root[right]
             differ = a != b
             if not differ.any():
+                self._known = root
                 return root
             low, high = np.minimum(a[differ], b[differ]), np.maximum(a[differ], b[differ])
             np.minimum.at(root, high, low)
@@ -133,8 +140,11 @@ class LabelCheck(LabelStore):
 
     def agree(self, a: np.ndarray, b: np.ndarray) -> bool:
         """Whether the labels are equal wherever both are known."""
+        differ = a != b
+        if not differ.any():
+            return True
         one = self._heads and any(x.size > 1 and (x == x.flat[0]).all() for x in (a, b))
-        return one or not ((a != b) & (a >= 0) & (b >= 0)).any()
+        return one or not (differ & (a >= 0) & (b >= 0)).any()
 
     def freeze(self, labels: np.ndarray, reason: str) -> None:
         """Nothing to record."""

@@ -10,7 +10,13 @@ import torch
 def leaves(value: Any) -> list[Any]:
     """What lies in nested lists, tuples and dicts, in order; much faster than pytrees, which know more containers."""
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        return [leaf for v in value for leaf in leaves(v)]
+        found: list[Any] = []
+        for v in value:
+            if isinstance(v, (list, tuple, dict)):
+                found += leaves(v)
+            else:
+                found.append(v)
+        return found
     if isinstance(value, dict):
-        return [leaf for v in value.values() for leaf in leaves(v)]
+        return leaves(list(value.values()))
     return [value]

@@ -48,7 +48,7 @@ def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None, hooks: b
             if p is not None and id(p) not in memo:
                 memo[id(p)] = nn.Parameter(_without_values(p), requires_grad=p.is_floating_point())
         for t in [*m._buffers.values(), *vars(m).values()]:
-            if isinstance(t, Tensor) and id(t) not in memo:
+            if type(t) not in _ATOMIC and isinstance(t, Tensor) and id(t) not in memo:
                 memo[id(t)] = _without_values(t)
     kept = [] if hooks else [(m, h, getattr(m, h)) for m in modules for h in HOOKS if getattr(m, h)]
     try:
@@ -76,7 +76,16 @@ def copy_modules(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     pairs = [(m, type(m).__new__(type(m))) for m in model.modules() if id(m) not in memo and _copies_plainly(type(m))]
     memo.update((id(m), new) for m, new in pairs)
     for m, new in pairs:
-        new.__dict__.update((name, _copied(value, memo)) for name, value in vars(m).items())
+        own = new.__dict__
+        own.update(vars(m))
+        for name, value in vars(m).items():
+            kind = type(value)
+            if kind in _ATOMIC:
+                continue
+            if kind is OrderedDict and not value and id(value) not in memo:  # hooks
+                own[name] = memo[id(value)] = OrderedDict()
+            else:
+                own[name] = _copied(value, memo)
     return copy.deepcopy(model, memo)
 
 
@@ -99,16 +108,18 @@ _MAPPINGS = (dict, OrderedDict)
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """``copy.deepcopy(value, memo)``; most of what a module holds is a number or a (mostly empty) dict."""
-    kind = type(value)
-    if kind in _ATOMIC or (kind is tuple and all(type(v) in _ATOMIC for v in value)):
-        return value
     known = memo.get(id(value))
     if known is not None:
         return known
+    kind = type(value)
+    if kind is tuple and _ATOMIC.issuperset(map(type, value)):
+        return value
     if kind in _MAPPINGS:
         new = memo[id(value)] = kind()
         for key, v in value.items():
-            new[key if type(key) in _ATOMIC else copy.deepcopy(key, memo)] = _copied(v, memo)
+            new[key if type(key) in _ATOMIC else copy.deepcopy(key, memo)] = (
+                v if type(v) in _ATOMIC else _copied(v, memo)
+            )
         return new
     if kind is set and not value:
         new = memo[id(value)] = set()

@@ -9,6 +9,7 @@ dims, conv groups x channels): what remains of it must be a box, whose rows may 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -34,6 +35,10 @@ class Plane:
     def moved(self, labels: np.ndarray, fast: int) -> Plane:
         """The plane of a tensor of the same values elsewhere."""
         return Plane(labels, fast, self.zero, self.stays)
+
+    def where_zero(self, zero: bool) -> Plane:
+        """The same plane, with what is known of the tensor at removed channels."""
+        return self if self.zero == zero else Plane(self.labels, self.fast, zero, self.stays)
 
     @cached_property
     def dims(self) -> tuple[int, ...]:
@@ -66,7 +71,7 @@ class State:
 
     def with_planes(self, planes: list[Plane] | tuple[Plane, ...], constant: frozenset[int] = frozenset()) -> State:
         """The same origin seen through a shape op."""
-        return replace(self, planes=tuple(planes), constant=constant, identity=None)
+        return State(tuple(planes), constant, self.source, self.scaled_by)
 
 
 def constant_state(ndim: int) -> State:
@@ -109,7 +114,9 @@ def meet(
     operands: list[list[Plane]] = []
     for state, shape in zip(states, shapes, strict=True):
         shift = ndim - len(shape)
-        mine = [p.moved(p.labels.reshape((1,) * shift + p.labels.shape), p.fast + shift) for p in state.planes]
+        mine = list(state.planes)
+        if shift:
+            mine = [p.moved(p.labels.reshape((1,) * shift + p.labels.shape), p.fast + shift) for p in mine]
         labelled += mine
         operands.append(mine)
         varying = {d for p in mine for d in p.dims}
@@ -128,18 +135,27 @@ def meet(
             store.freeze(plane.labels, f"meets a dim that carries no channels (tokens, space, batch) ({store.where()})")
         elif plane.dims:
             met = _add_plane(store, met, plane, heads)
-    judge = {"any": any, "all": all, "first": lambda facts: next(iter(facts))}.get(zero, lambda facts: False)
-    met = [replace(p, zero=judge(_is_zero(p, planes) for planes in operands)) for p in met]
+    judge = _JUDGES.get(zero)
+    met = [p.where_zero(judge is not None and judge(_is_zero(p, planes) for planes in operands)) for p in met]
     return State(tuple(met), frozenset(d for d in constant if out[d] > 1))
+
+
+_JUDGES: dict[str, Callable[[Iterable[bool]], bool]] = {
+    "any": any,
+    "all": all,
+    "first": lambda facts: next(iter(facts)),
+}
 
 
 def _is_zero(plane: Plane, planes: list[Plane]) -> bool:
     """Whether a tensor with ``planes`` is 0 wherever channels of ``plane`` are removed."""
-    return any(q.zero and set(plane.dims) <= set(q.dims) for q in planes)
+    return any(q.zero and (q.dims == plane.dims or set(plane.dims) <= set(q.dims)) for q in planes)
 
 
 def _add_plane(store: LabelStore, planes: list[Plane], new: Plane, heads: bool) -> list[Plane]:
     """Unite ``new`` with the planes it overlaps; returns the planes of the joint tensor."""
+    if not planes:
+        return [new]
     kept: list[Plane] = []
     for old in planes:
         a, b = set(old.dims), set(new.dims)
@@ -220,6 +236,18 @@ def _match_dims(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[i
     return blocks
 
 
+def _line(plane: Plane, new: tuple[int, ...], blocks: list[tuple[list[int], list[int]]]) -> Plane | None:
+    """A plane over one dim that the reshape only moves; None where it splits, merges or repeats it."""
+    (dim,) = plane.dims
+    outs = next(outs for ins, outs in blocks if dim in ins)
+    size = plane.labels.size
+    to = [o for o in outs if new[o] > 1]
+    flat = plane.labels.reshape(-1)
+    if plane.fast != dim or len(to) != 1 or new[to[0]] != size or flat[0] == flat[-1]:
+        return None
+    return plane.moved(flat.reshape([size if o == to[0] else 1 for o in range(len(new))]), to[0])
+
+
 def _reshape_plane(
     store: LabelStore,
     plane: Plane,
@@ -227,6 +255,8 @@ def _reshape_plane(
     new: tuple[int, ...],
     blocks: list[tuple[list[int], list[int]]],
 ) -> Plane:
+    if len(plane.dims) == 1 and (kept := _line(plane, new, blocks)) is not None:
+        return kept
     labels, fast, out_shape = plane.labels, None, []
     for ins, outs in blocks:
         varying = [d for d in ins if labels.shape[d] > 1]
@@ -272,4 +302,4 @@ def freeze_dims(store: LabelStore, state: State, dims: set[int], reason: str) ->
             store.freeze(p.labels, reason)
         else:
             kept.append(p)
-    return replace(state, planes=tuple(kept))
+    return state if len(kept) == len(state.planes) else replace(state, planes=tuple(kept))

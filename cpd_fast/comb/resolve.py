@@ -187,6 +187,8 @@ def _build_groups(
         name, _, plane = flat[i]
         own = classes[plane.labels.reshape(-1)]
         own = own[~seen[own]]
+        if not own.size:
+            continue
         seen[own] = True
         _, first = np.unique(own, return_index=True)
         own = own[np.sort(first)]
@@ -273,7 +275,12 @@ def _slices(
     out: list[list[ParamSlice]] = [[] for _ in sizes]
     for i, (name, _, plane) in enumerate(flat):
         ids = by_label[plane.labels.reshape(-1)]
-        if not (ids >= 0).any():
+        low, high = int(ids.min()), int(ids.max())
+        if high < 0:
+            continue
+        g = int(np.searchsorted(starts, low, side="right")) - 1
+        if low >= 0 and len(ids) == sizes[g] and low == starts[g] and (np.diff(ids) == 1).all():  # a group in order
+            out[g].append(ParamSlice(name, plane.dims or (plane.fast,), np.arange(sizes[g])[:, None], producing[i]))
             continue
         order = np.argsort(ids, kind="stable")
         order = order[ids[order] >= 0]

@@ -35,7 +35,7 @@ from cpd_fast.comb.labels import LabelStore
 from cpd_fast.comb.leaves import leaves
 from cpd_fast.comb.meta import clear_caches
 from cpd_fast.comb.planes import Plane, State, collapse, constant_state, freeze_dims, meet, orbit
-from cpd_fast.comb.quick import function_shape, quick_shape
+from cpd_fast.comb.quick import function_shape, quick_call, quick_shape
 from cpd_fast.comb.sizes import SIZED_CALLS, sizes_of
 from cpd_fast.comb.values import NAN_CHECKS, Values
 from cpd_fast.errors import CpdError, TraceError, UnsupportedOpError
@@ -92,8 +92,7 @@ class Tracer(TorchDispatchMode):
         """What is known of a tensor; a tensor made outside the trace is free."""
         known = self.states.get(id(t))
         if known is not None:
-            base = t if t._base is None else t._base
-            if id(base) in self._written and any(p.zero for p in known.planes):
+            if self._written and any(p.zero for p in known.planes) and self._overwritten(t):
                 known = self.states[id(t)] = replace(known, planes=tuple(replace(p, zero=False) for p in known.planes))
             return known
         name = self.tensors.get(id(t))
@@ -105,9 +104,12 @@ class Tracer(TorchDispatchMode):
             self.order.append(name)
             planes = self.param_planes(name, tuple(t.shape))
             zero = isinstance(t, nn.Parameter) and name not in self.unmasked
-            state = State(tuple(replace(p, zero=zero) for p in planes), source=name)
+            state = State(tuple(p.where_zero(zero) for p in planes), source=name)
         self.set_state(t, state)
         return state
+
+    def _overwritten(self, t: Tensor) -> bool:
+        return id(t if t._base is None else t._base) in self._written
 
     def not_zero(self, t: Tensor) -> None:
         """Note an in-place write: ``t`` and what shares its memory need not be 0 at removed channels any more."""
@@ -150,7 +152,10 @@ class Tracer(TorchDispatchMode):
 
     def freeze_dims(self, t: Tensor, dims: set[int], reason: str) -> State:
         """The state of ``t`` with everything that varies over ``dims`` frozen."""
-        return freeze_dims(self.store, self.state(t), dims, f"{reason} ({self.where()})")
+        state = self.state(t)
+        if not any(dims.intersection(p.dims) for p in state.planes):
+            return state
+        return freeze_dims(self.store, state, dims, f"{reason} ({self.where()})")
 
     def only_dim(self, t: Tensor, dim: int, reason: str, over: Iterable[int] | None = None) -> State:
         """The state of ``t`` for an op that treats indices of ``dim`` alike and mixes those of ``over``.
@@ -160,6 +165,8 @@ class Tracer(TorchDispatchMode):
         """
         mixed = {d for d in range(t.dim()) if d != dim} if over is None else set(over)
         state = self.state(t)
+        if all(p.dims == (dim,) for p in state.planes):
+            return state
         planes = []
         for p in state.planes:
             if mixed.intersection(p.dims) and dim in p.dims:
@@ -178,11 +185,14 @@ class Tracer(TorchDispatchMode):
 
     def add_cost(self, kind: str, coefficient: int, shape: tuple[int, ...], planes: list[np.ndarray]) -> None:
         """Count ``coefficient`` for every surviving position of a (virtual) tensor of this shape."""
+        if self.replay:  # costs were counted by comb
+            return
         covered = {d for p in planes for d, s in enumerate(p.shape) if s > 1}
         for d, s in enumerate(shape):
             if d not in covered:
                 coefficient *= s
-        self.terms.append(Term(kind, self.module, coefficient, tuple({p.tobytes(): p for p in planes}.values())))
+        unlike = tuple(planes if len(planes) < 2 else {p.tobytes(): p for p in planes}.values())
+        self.terms.append(Term(kind, self.module, coefficient, unlike))
 
     def add_site(self, x: Tensor, planes: list[Plane]) -> None:
         """Note that the running call's result depends on how many of these channels of its input ``x`` there are.
@@ -304,6 +314,12 @@ class Tracer(TorchDispatchMode):
         self.set_state(copy_, self.states.get(id(t), State() if t.numel() > 1 else constant_state(t.dim())))
         return copy_
 
+    def apply(self, call: Call, outs: list[Tensor]) -> None:
+        """Let the rule of a common elementwise or computing call follow the channels."""
+        rule = RULES.get(call.op) or RULES.get(call.op.rstrip("_")) or RULES["pointwise"]
+        result = rule(self, call)
+        self.finish(call, outs, result if isinstance(result, list) else [result] * len(outs))
+
     def _apply(self, op: str, func: Any, call: Call) -> None:
         outs = [o for o in leaves(call.out) if isinstance(o, Tensor)]
         if not outs:
@@ -403,7 +419,11 @@ class _FunctionWatcher(TorchFunctionMode):
                 tracer.values.assume(out, NAN_CHECKS[name])
                 return out
             if f"function.{name}" not in RULES:
-                return func(*args, **kwargs)
+                quick = quick_call(func, args, kwargs)
+                if quick is None or tracer.values.bears_on(quick):
+                    return func(*args, **kwargs)
+                tracer.apply(quick, [quick.out])
+                return quick.out
             with tracer.suspended():
                 out = function_shape(name, args, kwargs)
                 if out is None:
@@ -427,7 +447,8 @@ def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
 
         def enter(_m: nn.Module, args: Any, name: str = name) -> None:
             if name and args and isinstance(args[0], Tensor) and not tracer._suspended:
-                tracer.step(Call(f"call {name}", (), {}, args[0]), args[0], tracer.state(args[0]))
+                with torch._C.DisableTorchFunction():
+                    tracer.step(Call(f"call {name}", (), {}, args[0]), args[0], tracer.state(args[0]))
             tracer.stack.append(name)
             tracer.sized.append(0)
             tracer.attended.append(0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from cpd_fast.comb.calls import Call
 from cpd_fast.comb.leaves import leaves
 
 LARGEST = 1 << 14  # elements
@@ -31,6 +32,15 @@ class Values:
     def of(self, t: Any) -> Tensor | None:
         """The value of a meta tensor, on the CPU."""
         return self._known.get(id(t))
+
+    def bears_on(self, call: Call) -> bool:
+        """Whether a call reads or overwrites anything known."""
+        if not self._known:
+            return False
+        tensors = [t for t in call.args if isinstance(t, Tensor)]
+        return any(id(t) in self._known for t in tensors) or any(
+            id(t if t._base is None else t._base) in self._views for t in tensors
+        )
 
     def set(self, t: Tensor, value: Tensor, numel: int | None = None) -> None:
         """Remember a value; the caller keeps ``t`` alive."""

@@ -46,8 +46,8 @@ class Replayer:
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, alive: np.ndarray, transparent: frozenset[str]) -> None:
         self._model, self._graph, self._transparent = model, graph, transparent
-        self._planes = {name: _kept_planes(t.maps, t.shape, alive) for name, t in graph.tensors.items()}
         left = Left(alive)
+        self._planes = {name: _kept_planes(t.maps, t.shape, alive, left) for name, t in graph.tensors.items()}
         self.resizable: set[str] = set()  # modules in whose calls sizes may be put right
         self._expected = [(s, *left.of(s.shape, s.maps)) for s in graph.steps]
         self.steps = len(self._expected)
@@ -197,29 +197,39 @@ class Left:
 
     def __init__(self, alive: np.ndarray) -> None:
         self._alive = alive
-        self._cache: dict[int, np.ndarray] = {}
+        self._cache: dict[int, tuple[Plane, tuple[int, ...]]] = {}
 
     def of(self, shape: tuple[int, ...], maps: tuple[np.ndarray, ...]) -> tuple[tuple[int, ...], list[Plane]]:
         """The shape of the compacted tensor and the channels along its dims."""
         new, planes = list(shape), []
         for m in maps:
-            if id(m) not in self._cache:
-                keep = self._alive[m]
-                line = max(m.shape, default=1) == m.size  # one dim: what is left of it
-                box = [-1 if s > 1 else 1 for s in m.shape] if line else None
-                self._cache[id(m)] = m if keep.all() else m[keep].reshape(box or box_shape(keep))
-            labels = self._cache[id(m)]
-            for d, size in enumerate(m.shape):
-                if size > 1:
-                    new[d] = min(new[d], labels.shape[d])
-            varying = [d for d, s in enumerate(labels.shape) if s > 1]
-            planes.append(Plane(labels, varying[-1] if varying else 0))
+            plane, dims = self.along(m)
+            size = plane.labels.shape
+            for d in dims:
+                new[d] = min(new[d], size[d])
+            planes.append(plane)
         return tuple(new), planes
 
+    def along(self, m: np.ndarray) -> tuple[Plane, tuple[int, ...]]:
+        """What is left of one map, and the dims that the whole map varies over."""
+        known = self._cache.get(id(m))
+        if known is None:
+            keep = self._alive[m]
+            dims = tuple(d for d, s in enumerate(m.shape) if s > 1)
+            box = [-1 if s > 1 else 1 for s in m.shape] if len(dims) <= 1 else None  # one dim: what is left of it
+            labels = m if keep.all() else m[keep].reshape(box or box_shape(keep))
+            varying = [d for d, s in enumerate(labels.shape) if s > 1]
+            known = self._cache[id(m)] = Plane(labels, varying[-1] if varying else 0), dims
+        return known
 
-def _kept_planes(maps: tuple[np.ndarray, ...], shape: tuple[int, ...], alive: np.ndarray) -> list[Plane]:
+
+def _kept_planes(maps: tuple[np.ndarray, ...], shape: tuple[int, ...], alive: np.ndarray, left: Left) -> list[Plane]:
     """The planes of a compacted tensor: surviving channel ids, and unknown labels on the other dims."""
-    if all(sum(s > 1 for s in m.shape) <= 1 for m in maps):
+    over = [tuple(d for d, s in enumerate(m.shape) if s > 1) for m in maps]
+    if all(len(dims) == 1 for dims in over) and len(set(over)) == len(over):
+        planes = [Plane(left.along(m)[0].labels, dim) for m, (dim,) in zip(maps, over, strict=True)]
+        return planes + _unknown(list(shape), {d for (d,) in over})
+    if all(len(dims) <= 1 for dims in over):
         index = {}
         for m in maps:
             dim = int(np.argmax(m.shape))
@@ -233,12 +243,14 @@ def _kept_planes(maps: tuple[np.ndarray, ...], shape: tuple[int, ...], alive: np
         new_shape = box_shape(keep)
         cut = [np.broadcast_to(m, shape)[keep].reshape(new_shape) for m in maps]
         cut = [c[tuple(slice(None) if s > 1 else slice(0, 1) for s in m.shape)] for c, m in zip(cut, maps, strict=True)]
-    planes, covered = [], set()
-    for labels, m in zip(cut, maps, strict=True):
-        varying = [d for d, s in enumerate(m.shape) if s > 1]
-        covered.update(varying)
-        planes.append(Plane(np.ascontiguousarray(labels), varying[-1] if varying else 0))
-    for d, s in enumerate(new_shape):
-        if d not in covered and s > 1:
-            planes.append(Plane(np.full([s if i == d else 1 for i in range(len(new_shape))], -1), d))
-    return planes
+    planes = [Plane(np.ascontiguousarray(c), dims[-1] if dims else 0) for c, dims in zip(cut, over, strict=True)]
+    return planes + _unknown(new_shape, {d for dims in over for d in dims})
+
+
+def _unknown(shape: list[int], covered: set[int]) -> list[Plane]:
+    """Planes over the dims of which nothing is known."""
+    return [
+        Plane(np.full([s if i == d else 1 for i in range(len(shape))], -1), d)
+        for d, s in enumerate(shape)
+        if d not in covered and s > 1
+    ]

@@ -47,9 +47,14 @@ class Sizes:
     """Which old sizes became which new ones, around each module, and what they are sizes of."""
 
     def __init__(self, graph: ChannelGraph, plan: PrunePlan) -> None:
+        self._graph, self._plan = graph, plan
         self._by_tensor: dict[str, set[tuple[int, int, str]]] = {}
         self._names: list[str] = []
         self._originals: dict[tuple[str, str], Any] = {}
+
+    def _collect(self) -> None:
+        """Done once a module has failed: mostly none does."""
+        graph, plan = self._graph, self._plan
         alive = graph.alive(plan)
         for g in graph.groups:
             kept, blocks = len(plan.get(g.name, range(g.n_channels))), len(g.blocks)
@@ -71,7 +76,8 @@ class Sizes:
 
     def around(self, path: str) -> dict[tuple[int, int], frozenset[str]]:
         """(old, new) sizes of tensors of a module and of what it holds, with their roles."""
-        if len(self._names) != len(self._by_tensor):
+        if not self._names:
+            self._collect()
             self._names = sorted(self._by_tensor)
         prefix = f"{path}." if path else ""
         found: dict[tuple[int, int], set[str]] = {}

@@ -37,15 +37,22 @@ def batch_norm(t: Tracer, call: Call) -> State:
 def _batch_norm(t: Tracer, x: Tensor, affine: Any, running: Any, training: bool) -> State:
     """x (N, C, ...) with weight, bias and running statistics (C,)."""
     state = t.state(x)
-    shape = tuple(s if d == 1 else 1 for d, s in enumerate(x.shape))
-    for p in (*affine, *running):
-        if isinstance(p, Tensor):
+    given = [p for p in (*affine, *running) if isinstance(p, Tensor)]
+    if len(state.planes) == 1 and state.planes[0].dims == (1,) and not state.constant:
+        labels = state.planes[0].labels.reshape(-1)
+        lines = [q.labels for p in given for q in t.state(p).planes if q.dims == (0,)]
+    if len(state.planes) == 1 and state.planes[0].dims == (1,) and not state.constant and len(lines) == len(given):
+        for line in lines:
+            t.store.unite(labels, line)
+    else:
+        shape = tuple(s if d == 1 else 1 for d, s in enumerate(x.shape))
+        for p in given:
             moved = reshape(t.store, t.state(p), tuple(p.shape), shape)
             state = meet(t.store, [state, moved], [tuple(x.shape), shape], tuple(x.shape), t.heads)
     t.add_site(x, [p for p in t.state(x).planes if set(p.dims) - {1}] if training else [])
     cleared = all(isinstance(p, Tensor) and _cleared(t, p) for p in affine)
-    planes = tuple(replace(p, zero=cleared if p.dims == (1,) else training) for p in state.planes)
-    return replace(state, planes=planes, scaled_by=sources_of(t, *affine))
+    planes = tuple(p.where_zero(cleared if p.dims == (1,) else training) for p in state.planes)
+    return State(planes, state.constant, scaled_by=sources_of(t, *affine))
 
 
 def _cleared(t: Tracer, param: Tensor | None) -> bool:
