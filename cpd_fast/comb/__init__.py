@@ -18,6 +18,7 @@ from cpd_fast.comb.meta import clone_to_meta, example_args, has_hooks, tensor_na
 from cpd_fast.comb.planes import Plane, State, freeze_dims
 from cpd_fast.comb.resolve import fingerprint, resolve
 from cpd_fast.comb.trace import Tracer, run_trace
+from cpd_fast.comb.training import TrainingWatch
 from cpd_fast.errors import CpdError, PlanError, TraceError
 from cpd_fast.types import ChannelGraph, CostTerm, NormSite, ScaleSite, TensorMap, TraceStep
 
@@ -79,7 +80,11 @@ def _comb(
     heads = granularity == "head"
     whole = conv_groups == "group"
     eval_trace = _trace(model, example_inputs, store, planes, unmasked, on_unknown, heads, whole, False, hooks, strict)
-    train_trace = _trace(model, example_inputs, store, planes, unmasked, on_unknown, heads, whole, True, hooks, strict)
+    train_trace = eval_trace
+    if eval_trace.watch is None or eval_trace.watch.matters:
+        train_trace = _trace(
+            model, example_inputs, store, planes, unmasked, on_unknown, heads, whole, True, hooks, strict
+        )
     order = list(dict.fromkeys([*eval_trace.order, *train_trace.order]))
     _freeze_ignored(model, ignore, planes, store)
     sites = {(s.module, s.op, s.call): s for s in [*train_trace.sites, *eval_trace.sites]}
@@ -154,9 +159,11 @@ def _trace(
 ) -> Tracer:
     clone = clone_to_meta(model, hooks=hooks).train(training)
     adapt(clone)
+    watch = None if training or hooks else TrainingWatch(clone)
     ids, _ = tensor_names(clone)
     tracer = Tracer(store, ids, planes, heads, unmasked)
     tracer.on_unknown, tracer.whole_conv_groups, tracer.strict = on_unknown, whole_conv_groups, strict
+    tracer.watch = watch
     args, kwargs = example_args(example_inputs)
     try:
         out = run_trace(clone, args, kwargs, tracer)

@@ -37,6 +37,8 @@ from cpd_fast.comb.meta import clear_caches
 from cpd_fast.comb.planes import Plane, State, collapse, constant_state, freeze_dims, meet, orbit
 from cpd_fast.comb.quick import function_shape, quick_call, quick_shape
 from cpd_fast.comb.sizes import SIZED_CALLS, sizes_of
+from cpd_fast.comb.stack import module_stack
+from cpd_fast.comb.training import TrainingWatch, reads_noticed
 from cpd_fast.comb.values import NAN_CHECKS, Values
 from cpd_fast.errors import CpdError, TraceError, UnsupportedOpError
 from cpd_fast.types import NORMALISING, PRODUCTS
@@ -50,6 +52,7 @@ class Tracer(TorchDispatchMode):
     """
 
     replay = False  # whether labels are those of a compacted model
+    watch: TrainingWatch | None = None  # what train mode changes, in a trace in eval mode
     whole_conv_groups = False  # whether a conv group goes whole or stays whole
 
     def __init__(
@@ -82,6 +85,7 @@ class Tracer(TorchDispatchMode):
         self.function: tuple[str, int] = ("", 0)  # running function and its number within the module
         self._suspended = False
         self.values = Values()
+        self.numbers: Counter[tuple[str, str]] = Counter()  # calls of each function so far, by module
         self._written: set[int] = set()  # ids of tensors that were written in place with something else than 0
         self.output_shapes: tuple[tuple[int, ...], ...] = ()
         self.order: list[str] = []  # parameters and buffers by first use
@@ -255,6 +259,20 @@ class Tracer(TorchDispatchMode):
         finally:
             self._suspended = before
 
+    @contextmanager
+    def forgotten(self, name: str) -> Iterator[None]:
+        """Inside, the forward of a module runs once more; afterwards only what was recorded of labels is left."""
+        before = self.stack, self.sized, self.attended, self.function, self.numbers
+        lists = [(kept, len(kept)) for kept in (self.terms, self.steps, self.sites, self.attention, self.order)]
+        self.stack, self.sized, self.attended = [*self.stack, name], [*self.sized, 0], [*self.attended, 0]
+        self.numbers = Counter(self.numbers)
+        try:
+            yield
+        finally:
+            self.stack, self.sized, self.attended, self.function, self.numbers = before
+            for kept, n in lists:
+                del kept[n:]
+
     @property
     def module(self) -> str:
         """Qualified name of the module whose forward runs."""
@@ -338,6 +356,8 @@ class Tracer(TorchDispatchMode):
         """Take over what a rule said of a call's outputs."""
         for o, s in zip(outs, states, strict=True):
             self.set_state(o, s)
+        if self.watch is not None and call.op.endswith("_") and call.args:
+            self.watch.written(call.args[0])
         if not computes:
             return
         out, state = outs[0], states[0]  # further outputs are statistics for the backward
@@ -387,7 +407,6 @@ class _FunctionWatcher(TorchFunctionMode):
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.tracer = tracer
-        self.calls: Counter[tuple[str, str]] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -410,8 +429,8 @@ class _FunctionWatcher(TorchFunctionMode):
             for part in parts:
                 tracer.step(Call(name, (), {"parts": len(parts)}, part), part, tracer.state(part))
             return out
-        call = self.calls[tracer.module, name]
-        self.calls[tracer.module, name] += 1
+        call = tracer.numbers[tracer.module, name]
+        tracer.numbers[tracer.module, name] += 1
         outer, tracer.function = tracer.function, (name, call)
         try:
             if name in NAN_CHECKS:
@@ -437,47 +456,15 @@ class _FunctionWatcher(TorchFunctionMode):
             tracer.function = outer
 
 
-@contextmanager
-def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """Keep ``tracer.stack`` at the module whose forward runs."""
-    handles = []
-    for name, m in clone.named_modules():
-        if getattr(m, "keeps_attention_scale", False):  # of an earlier compaction: an identity with a constant
-            tracer.transparent |= {name}
-
-        def enter(_m: nn.Module, args: Any, name: str = name) -> None:
-            if name and args and isinstance(args[0], Tensor) and not tracer._suspended:
-                with torch._C.DisableTorchFunction():
-                    tracer.step(Call(f"call {name}", (), {}, args[0]), args[0], tracer.state(args[0]))
-            tracer.stack.append(name)
-            tracer.sized.append(0)
-            tracer.attended.append(0)
-            if name in tracer.transparent:
-                tracer._suspended = True
-
-        def leave(m: nn.Module, args: Any, out: Any) -> None:
-            name = tracer.stack.pop()
-            tracer.sized.pop()
-            tracer.attended.pop()
-            if name in tracer.transparent:
-                tracer._suspended = False
-                tracer.set_state(out, tracer.state(args[0]))
-            keeps_scale = type(m) is nn.Identity or getattr(m, "keeps_attention_scale", False)
-            if keeps_scale and isinstance(out, Tensor) and not tracer.replay:
-                tracer.set_state(out, replace(tracer.state(out), identity=name))
-
-        handles.append(m.register_forward_pre_hook(enter))
-        handles.append(m.register_forward_hook(leave))
-    try:
-        yield
-    finally:
-        for h in handles:
-            h.remove()
-
-
 def run_trace(clone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tracer: Tracer) -> list[Tensor]:
     """One forward of the meta clone under the tracer; returns the tensors of its output."""
-    with module_stack(clone, tracer), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), _FunctionWatcher(tracer):
+    with (
+        module_stack(clone, tracer),
+        reads_noticed(tracer.watch),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.enable_grad(),
+        _FunctionWatcher(tracer),
+    ):
         with torch.autograd.set_multithreading_enabled(False), tracer:
             for t in tree_flatten((args, kwargs))[0]:
                 if isinstance(t, Tensor):
