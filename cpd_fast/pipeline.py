@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from cpd_fast.comb import comb as trace_groups
-from cpd_fast.comb.meta import unwrap
+from cpd_fast.comb.meta import collection_paused, unwrap
 from cpd_fast.compact import rehearse
 from cpd_fast.errors import CompactError, TraceError
 from cpd_fast.schedule import plan_cost
 from cpd_fast.types import ChannelGraph, Cost, CoupledGroup, PrunePlan
 
 
+@collection_paused()
 def comb(
     model: nn.Module,
     example_inputs: Any,

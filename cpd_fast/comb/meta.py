@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import gc
 import sys
 import types
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +29,22 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Garbage is collected afterwards.
+
+    A trace makes a hundred thousand objects that live as long as it does: full collections in between, which visit
+    everything that PyTorch and the model hold, can double its time and find nothing.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -73,7 +92,9 @@ def copy_modules(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     Modules that copy themselves in no way of their own are copied attribute by attribute, and only attributes that
     need it are left to ``deepcopy``.
     """
-    pairs = [(m, type(m).__new__(type(m))) for m in model.modules() if id(m) not in memo and _copies_plainly(type(m))]
+    modules = list(model.modules())
+    plain = {kind for kind in {type(m) for m in modules} if _copies_plainly(kind)}
+    pairs = [(m, type(m).__new__(type(m))) for m in modules if type(m) in plain and id(m) not in memo]
     memo.update((id(m), new) for m, new in pairs)
     for m, new in pairs:
         own = new.__dict__
@@ -92,7 +113,6 @@ def copy_modules(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 _COPIED_BY = ("__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs__", "__getnewargs_ex__", "__deepcopy__")
 
 
-@functools.cache
 def _copies_plainly(kind: type[nn.Module]) -> bool:
     """Whether copying a module of this class means copying its ``__dict__``."""
     plain = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _COPIED_BY)
@@ -122,8 +142,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
             )
         return new
     if kind is set and not value:
-        new = memo[id(value)] = set()
-        return new
+        return memo.setdefault(id(value), set())
     return copy.deepcopy(value, memo)
 
 

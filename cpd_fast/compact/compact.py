@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd_fast.adapters import adapt
-from cpd_fast.comb.meta import clone_to_meta, copy_modules, unwrap
+from cpd_fast.comb.meta import clone_to_meta, collection_paused, copy_modules, unwrap
 from cpd_fast.compact.repair import repair, repair_known
 from cpd_fast.compact.replay import Replayer
 from cpd_fast.compact.shrink import Cut, left_shape, make_cut
@@ -42,6 +42,7 @@ class Scale(nn.Module):
         return f"{self.factor:.6g}"
 
 
+@collection_paused()
 def compact(
     model: nn.Module,
     graph: ChannelGraph,
