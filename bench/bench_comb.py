@@ -1,7 +1,7 @@
 """Comb, plan and compact beside Torch-Pruning, one thread; and how comb grows with depth and width.
 
     pytest bench/bench_comb.py --benchmark-enable --benchmark-only
-    python bench/bench_comb.py   # writes bench/results/comb.json: CPU seconds, minima of interleaved runs
+    python bench/bench_comb.py [--sweep]   # writes bench/results/comb.json: CPU seconds, minima of interleaved runs
 
 Before anything is timed, masked equals compacted.
 """
@@ -9,6 +9,7 @@ Before anything is timed, masked equals compacted.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 import pytest
@@ -143,7 +145,7 @@ def side_by_side(name: str) -> dict[str, Any]:
     return row
 
 
-def sweep() -> dict[str, dict[str, float]]:
+def sweep() -> dict[str, Any]:
     """CPU seconds of comb by depth and by width."""
     from cpd_fast import comb
 
@@ -156,10 +158,18 @@ def sweep() -> dict[str, dict[str, float]]:
             found.append(time.process_time() - start)
         return round(min(found), 4)
 
-    return {
+    seconds(DEPTHS[0], WIDTHS[0])  # first calls import
+    found = {
         "depth at width 64": {str(d): seconds(d, 64) for d in DEPTHS},
         "width at depth 8": {str(w): seconds(8, w) for w in WIDTHS},
     }
+    return found | {"exponents": {name: _exponent(row) for name, row in found.items()}}
+
+
+def _exponent(row: dict[str, float]) -> float:
+    """Slope of log seconds over log size, least squares: 1 where time grows in proportion, 2 where with the square."""
+    x, y = ([math.log(float(v)) for v in values] for values in (row.keys(), row.values()))
+    return round(linear_regression(x, y).slope, 2)
 
 
 def giant() -> dict[str, Any]:
@@ -191,11 +201,15 @@ def _giant() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {"torch": torch.__version__, "unit": "CPU seconds, one thread, minima", "networks": {}}
-    for name in NETWORKS:
+    for name in [] if "--sweep" in sys.argv else NETWORKS:
         results["networks"][name] = side_by_side(name)
         print(name, results["networks"][name], flush=True)
-    results |= {"sweep": sweep(), "giant": giant()}
-    print(results["sweep"], results["giant"], flush=True)
+    if "--sweep" in sys.argv:  # the rest as it was measured
+        results = json.loads(RESULTS.read_text())
+    results["sweep"] = sweep()
+    if "--sweep" not in sys.argv:
+        results["giant"] = giant()
+    print(results["sweep"], results.get("giant"), flush=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -19,6 +19,7 @@ from cpd_fast.comb.planes import Plane, State, freeze_dims
 from cpd_fast.comb.resolve import fingerprint, resolve
 from cpd_fast.comb.trace import Tracer, run_trace
 from cpd_fast.comb.training import TrainingWatch
+from cpd_fast.comb.walk import named_tensors
 from cpd_fast.errors import CpdError, PlanError, TraceError
 from cpd_fast.types import ChannelGraph, CostTerm, NormSite, ScaleSite, TensorMap, TraceStep
 
@@ -73,7 +74,8 @@ def _comb(
 ) -> ChannelGraph:
     """Trace and resolve; without hooks, because the user's own need not run on meta tensors."""
     _, aliases = tensor_names(model)
-    shapes = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    tensors_by_name = named_tensors(model)
+    shapes = {n: tuple(t.shape) for n, t in tensors_by_name}
     store = LabelStore()
     planes: dict[str, list[Plane]] = {}
     unmasked: set[str] = set()
@@ -102,7 +104,7 @@ def _comb(
             maps += converted[id(a)]
         return maps
 
-    parameters = {n for n, _ in model.named_parameters()}
+    parameters = {n: t for n, t in tensors_by_name if isinstance(t, nn.Parameter)}
     tensors = {
         n: TensorMap(n, shapes[n], to_maps(p.labels for p in planes[n]), n in parameters, n not in unmasked)
         for n in order
@@ -129,7 +131,7 @@ def _comb(
         needs_hooks=hooks,
         heads=heads,
         hopes=frozenset(eval_trace.hopes | train_trace.hopes),
-        untouched=sum(p.numel() for n, p in model.named_parameters() if n not in mapped),
+        untouched=sum(p.numel() for n, p in parameters.items() if n not in mapped),
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from cpd_fast.comb.walk import modules_of, named_tensors
 from cpd_fast.errors import TraceError
 
 
@@ -52,7 +53,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def has_hooks(model: nn.Module) -> bool:
     """Whether any module has hooks."""
-    return any(getattr(m, h) for m in model.modules() for h in HOOKS)
+    return any(getattr(m, h) for m in modules_of(model) for h in HOOKS)
 
 
 def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None, hooks: bool = False) -> nn.Module:
@@ -61,7 +62,7 @@ def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None, hooks: b
     ``memo`` may hold replacements of tensors by id; ``hooks`` keeps hooks, for forwards that rely on their own.
     """
     memo = {} if memo is None else memo
-    modules = list(model.modules())
+    modules = modules_of(model)
     for m in modules:
         for p in m._parameters.values():
             if p is not None and id(p) not in memo:
@@ -92,7 +93,7 @@ def copy_modules(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     Modules that copy themselves in no way of their own are copied attribute by attribute, and only attributes that
     need it are left to ``deepcopy``.
     """
-    modules = list(model.modules())
+    modules = modules_of(model)
     plain = {kind for kind in {type(m) for m in modules} if _copies_plainly(kind)}
     pairs = [(m, type(m).__new__(type(m))) for m in modules if type(m) in plain and id(m) not in memo]
     memo.update((id(m), new) for m, new in pairs)
@@ -153,7 +154,7 @@ _INERT = {*_ATOMIC, *_MAPPINGS, set, tuple, list, types.ModuleType, Tensor, nn.P
 
 def clear_caches(model: nn.Module) -> None:
     """Empty the ``lru_cache`` of functions in reach of a model: a trace may neither read nor leave tensors there."""
-    modules = list(model.modules())
+    modules = modules_of(model)
     classes = {
         kind for own in {type(m) for m in modules} for kind in own.__mro__ if not kind.__module__.startswith("torch.")
     }
@@ -174,11 +175,7 @@ def tensor_names(model: nn.Module) -> tuple[dict[int, str], dict[str, str]]:
     """id -> first name of every parameter and buffer, and every name -> first name of the same tensor."""
     names: dict[int, str] = {}
     aliases: dict[str, str] = {}
-    everything = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    for name, t in everything:
+    for name, t in named_tensors(model, repeated=True):
         aliases[name] = names.setdefault(id(t), name)
     return names, aliases
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd_fast.comb.calls import Call
+from cpd_fast.comb.walk import named_modules
 
 if TYPE_CHECKING:
     from cpd_fast.comb.trace import Tracer
@@ -20,14 +21,15 @@ if TYPE_CHECKING:
 def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Keep ``tracer.stack`` at the module whose forward runs."""
     handles = []
-    for name, m in clone.named_modules():
+    for name, m in named_modules(clone):
         if getattr(m, "keeps_attention_scale", False):  # of an earlier compaction: an identity with a constant
             tracer.transparent |= {name}
+        call = Call(f"call {name}", (), {}, None)
 
-        def enter(_m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+        def enter(_m: nn.Module, args: Any, kwargs: Any, name: str = name, call: Call = call) -> None:
             if name and args and isinstance(args[0], Tensor) and not tracer._suspended:
                 with torch._C.DisableTorchFunction():
-                    tracer.step(Call(f"call {name}", (), {}, args[0]), args[0], tracer.state(args[0]))
+                    tracer.step(call, args[0], tracer.state(args[0]))
             tracer.stack.append(name)
             tracer.sized.append(0)
             tracer.attended.append(0)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cpd_fast.comb.leaves import leaves
 from cpd_fast.comb.planes import State
+from cpd_fast.comb.walk import modules_of
 
 if TYPE_CHECKING:
     from cpd_fast.comb.trace import Tracer
@@ -33,7 +34,7 @@ class TrainingWatch:
 
     def __init__(self, model: nn.Module) -> None:
         """``model`` is in eval mode afterwards."""
-        modules = list(model.modules())
+        modules = modules_of(model)
         own_ways = any(
             type(m).train is not nn.Module.train
             or type(m).eval is not nn.Module.eval
@@ -97,7 +98,7 @@ class TrainingWatch:
         self, tracer: Tracer, name: str, m: nn.Module, call: tuple[Any, Any], out: Any, sites: list[Any]
     ) -> bool:
         """Run one module again in train mode and forget all but what its rules recorded of labels."""
-        inside = list(m.modules())
+        inside = modules_of(m)
         before = [({**vars(x), "training": False}, dict(x._buffers)) for x in inside]
         was = len(tracer.sites), len(tracer.order)
         with tracer.forgotten(name):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cpd_fast.adapters import adapt
 from cpd_fast.comb.meta import clone_to_meta, collection_paused, copy_modules, unwrap
+from cpd_fast.comb.walk import named_tensors
 from cpd_fast.compact.repair import repair, repair_known
 from cpd_fast.compact.replay import Replayer
 from cpd_fast.compact.shrink import Cut, left_shape, make_cut
@@ -110,7 +111,7 @@ def rehearse(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> None:
     model = unwrap(model)
     alive = graph.alive(plan)
     memo: dict[int, Any] = {}
-    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+    for name, t in named_tensors(model):
         known = graph.tensors.get(name)
         if known is not None:
             shape = left_shape(known.shape, known.maps, alive)
@@ -135,7 +136,7 @@ def _owner(hook: Any) -> Any:
 
 
 def _check_model(model: nn.Module, graph: ChannelGraph) -> None:
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    own = dict(named_tensors(model))
     for name, t in graph.tensors.items():
         got = own.get(name)
         if got is None or tuple(got.shape) != t.shape:
@@ -177,7 +178,7 @@ def _copy_cut(
     """A deep copy in which every tensor that shrinks is cut on the way; sharing between modules is kept."""
     memo: dict[int, Any] = {}
     with torch.no_grad():
-        for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        for name, t in named_tensors(model):
             value = t.detach()
             for rows, factor in scales.get(name, ()):
                 value = value.clone()

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from cpd_fast.comb.walk import named_modules
 from cpd_fast.compact.replay import Replay, Replayer, ReplayTracer
 from cpd_fast.compact.sizes import KNOWN, Applied, Edit, Sizes, holds_sizes
 
@@ -38,7 +39,7 @@ def mend(model: nn.Module, sizes: Sizes, replayer: Replayer) -> tuple[Replay, bo
 
 class _Mender:
     def __init__(self, model: nn.Module, sizes: Sizes, replayer: Replayer) -> None:
-        self._real = dict(model.named_modules())
+        self._real = dict(named_modules(model))
         self._sizes, self._replayer = sizes, replayer
         self._passed: set[str] = set()
         self._budget = MOST_REPLAYS * replayer.steps  # calls that tries may still run
@@ -47,7 +48,7 @@ class _Mender:
 
     def guard(self, clone: nn.Module, tracer: ReplayTracer) -> None:
         """Wrap the forwards of custom modules of the copy that is replayed."""
-        self._copies = dict(clone.named_modules())
+        self._copies = dict(named_modules(clone))
         self._fresh = {name: _contents(module) for name, module in self._copies.items()}
         self._buffers = {name: dict(module._buffers) for name, module in self._copies.items()}
         for name, module in self._copies.items():
