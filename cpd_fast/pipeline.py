@@ -28,9 +28,10 @@ def comb(
 ) -> ChannelGraph:
     """Find the coupled channel groups of a model, and rehearse a compaction of them.
 
-    The model is run on a copy without weights (meta device), in eval and in train mode, and channels are followed
-    through every operator. Then an uneven plan is compacted, also without weights: where a module's forward holds a
-    size that cannot be repaired, the groups that reach it are frozen, with that reason. The model is not touched.
+    The model is run on a copy without weights (meta device), in eval mode and, as far as its modules read
+    ``training``, in train mode, and channels are followed through every operator. Then an uneven plan is compacted,
+    also without weights: where a module's forward holds a size that cannot be repaired, the groups that reach it are
+    frozen, with that reason. The model is not touched.
 
     Args:
         model: Any ``nn.Module``; wrappers of DDP and ``torch.compile`` are looked through.

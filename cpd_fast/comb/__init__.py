@@ -37,9 +37,9 @@ def comb(
 ) -> ChannelGraph:
     """Find the coupled channel groups of a model, as far as a trace alone shows them.
 
-    The model is run once in eval and once in train mode on a copy without weights (meta device), and channels are
-    followed through every operator. ``cpd_fast.comb`` does this and then rehearses a compaction; it explains the
-    arguments. ``strict`` names modules in which sliced channel axes stay whole.
+    The model is run once in eval mode on a copy without weights (meta device), what reads ``training`` in train mode
+    too, and channels are followed through every operator. ``cpd_fast.comb`` does this and then rehearses a compaction;
+    it explains the arguments. ``strict`` names modules in which sliced channel axes stay whole.
 
     Raises:
         UnsupportedOpError: An operator has no rule and ``on_unknown="error"``.

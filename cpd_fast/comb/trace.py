@@ -356,7 +356,7 @@ class Tracer(TorchDispatchMode):
         """Take over what a rule said of a call's outputs."""
         for o, s in zip(outs, states, strict=True):
             self.set_state(o, s)
-        if self.watch is not None and call.op.endswith("_") and call.args:
+        if self.watch is not None and call.op.endswith("_") and call.args and isinstance(call.args[0], Tensor):
             self.watch.written(call.args[0])
         if not computes:
             return

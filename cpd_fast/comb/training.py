@@ -33,7 +33,7 @@ class TrainingWatch:
     """Follows one trace in eval mode; ``matters`` says in the end whether a trace in train mode is needed too."""
 
     def __init__(self, model: nn.Module) -> None:
-        """``model`` is in eval mode afterwards."""
+        """``model`` is in eval mode."""
         modules = modules_of(model)
         own_ways = any(
             type(m).train is not nn.Module.train
@@ -42,10 +42,12 @@ class TrainingWatch:
             or any("training" in vars(c) for c in type(m).__mro__ if c is not nn.Module)
             for m in modules
         )
-        model.train()
-        self._training = {id(m): m.training for m in modules}
-        model.eval()
-        self.matters = own_ways or any(m.training for m in modules)
+        self.matters = own_ways
+        self._training: dict[int, bool] = {}
+        if not own_ways:
+            model.train()
+            self._training = {id(m): m.training for m in modules}
+            model.eval()
         self._reads: list[bool] = [False]  # whether the forward of each running module has read ``training``
         self._again = False  # in train mode
         self._same_tensor: set[int] = set()  # outputs that are inputs in eval mode only
@@ -56,9 +58,9 @@ class TrainingWatch:
         if not self._again:
             self._reads[-1] = True
 
-    def written(self, t: Any) -> None:
+    def written(self, t: Tensor) -> None:
         """A tensor is written in place: in train mode the input of a dropout may be left as it is."""
-        if id(t) in self._same_tensor:
+        if id(t) in self._same_tensor or id(t._base) in self._same_tensor:
             self.matters = True
 
     def enter(self, tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
