@@ -162,6 +162,8 @@ def _trace(
     clone = clone_to_meta(model, hooks=hooks).train(training)
     adapt(clone)
     watch = None if training or hooks else TrainingWatch(clone)
+    if watch is not None and watch.matters:
+        watch = None
     ids, _ = tensor_names(clone)
     tracer = Tracer(store, ids, planes, heads, unmasked)
     tracer.on_unknown, tracer.whole_conv_groups, tracer.strict = on_unknown, whole_conv_groups, strict
