@@ -32,8 +32,8 @@ RUNS: dict[str, type[Run]] = {
 PARTS = ("search_ratios", "prune_teacher")  # of other recipes, which take time that is not counted here
 TRAINING_SHARE = 0.8  # of the minutes; the rest is for measuring, exporting and the report
 FORWARDS_A_STEP = 3.0  # a training step costs about as much as three forwards of its batch
-LEAST_MASKED = 60  # steps below which CPD's scores and masks have no time to settle
-LONG = 6.0  # times the teacher's training, from which there is time to train teacher and student anew
+MASKED_FROM = 400  # steps from which CPD is as good as a search, measured: docs/search.md
+LONG = 6.0  # times the teacher's training, from which there is time to train both anew; behind at 1.5 times, measured
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def choose(
         ConfigError: If there is no time to train at all.
 
     Example:
-        >>> [choose(n, 200, 16, 50).recipe for n in (150, 500, 5000)]
+        >>> [choose(n, 200, 16, 50).recipe for n in (150, 700, 5000)]
         ['eagleeye', 'cpd', 'prune_then_distill']
     """
     teacher = min(teacher_steps, int(steps / 2))
@@ -89,7 +89,7 @@ def choose(
         settings["finetune_steps"] = rest - rounds * round_steps
         return Choice("prune_then_distill", settings, f"{left}, {LONG:g} times its training or more: time enough to "
                       "prune its weights in rounds and to train a student from scratch.")  # fmt: skip
-    if rest >= 2 * LEAST_MASKED:
+    if rest >= MASKED_FROM:
         settings = {"teacher_steps": teacher, "prune_steps": int(0.4 * rest), "finetune_steps": int(0.5 * rest)}
         return Choice("cpd", settings, f"{left}: time for masks and fine-tuning, too little to train a student from "
                       "scratch.")  # fmt: skip
