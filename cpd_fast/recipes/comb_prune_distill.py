@@ -32,7 +32,7 @@ from cpd_fast.recipes.tasks import Task
 from cpd_fast.recipes.training import adamw, batch_of, restore_training_state, stage_seed, train_step, training_state
 from cpd_fast.schedule import plan as make_plan
 from cpd_fast.schedule import plan_cost
-from cpd_fast.score import HessianTrace, score
+from cpd_fast.score import Criterion, HessianTrace, score
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
 
 SCORES, SEARCH_SCORES = "scores.safetensors", "search_scores.safetensors"
@@ -190,9 +190,11 @@ class CpdRun(Run):
                 bar.advance()
                 return loss_of(model(batch[0]), batch[1])
 
-            probes = torch.Generator().manual_seed(seed)
-            criterion = HessianTrace(num_probes=c.num_probes, generator=probes)
-            return score(model, graph, batches, loss, criterion=criterion, plan=before)
+            return score(model, graph, batches, loss, criterion=self._criterion(seed), plan=before)
+
+    def _criterion(self, seed: int) -> Criterion:
+        """What channels are scored by; chosen by ``bench/experiments/recipe_criteria.py``."""
+        return HessianTrace(num_probes=self.config.num_probes, generator=torch.Generator().manual_seed(seed))
 
 
 def _widths(graph: ChannelGraph, plan: PrunePlan) -> dict[str, float]:

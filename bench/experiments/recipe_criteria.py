@@ -1,0 +1,87 @@
+"""Which criterion should the recipe score by? ``recipes.cpd`` as it ships, with only the criterion changed.
+
+All runs of a task and seed share one teacher; batches, probes, schedule and losses are the recipe's. One JSON line a
+finished run; a killed experiment goes on with the run that it was in.
+
+Run: ``python -m bench.experiments.recipe_criteria WORK_FOLDER``, and ``... WORK_FOLDER --collect FILE.json`` at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+import cpd_fast as cpd
+from bench.experiments.common import Cells
+from cpd_fast.recipes import comb_prune_distill as recipe
+from cpd_fast.recipes.evaluate import evaluate
+from cpd_fast.recipes.progress import Talk
+
+SEEDS = (0, 1, 2)
+CRITERIA = {
+    "HessianTrace": lambda n, seed: cpd.HessianTrace(n, generator=torch.Generator().manual_seed(seed)),
+    "GateHessian": lambda n, seed: cpd.GateHessian(n, generator=torch.Generator().manual_seed(seed)),
+    "GroupFisher": lambda n, seed: cpd.GroupFisher(),
+    "Taylor": lambda n, seed: cpd.Taylor(),
+}
+
+
+def run_class(criterion, teachers):
+    class Run(recipe.CpdRun):
+        def _criterion(self, seed):
+            return CRITERIA[criterion](self.config.num_probes, seed)
+
+        def _teacher(self, teacher, step, tensors):
+            shared = teachers / f"{self.task.name}-{self.config.seed}.safetensors"
+            own = self.folder.path / recipe.TEACHER
+            if shared.exists() and step is not None:
+                shutil.copy(shared, own)
+                self._checkpoint(self.after_teacher, 0, {}, {})
+                step = None
+            teacher = super()._teacher(teacher, step, tensors)
+            if not shared.exists():
+                shutil.copy(own, shared)
+            return teacher
+
+        def _end(self, stage, teacher, graph, plan, scores, remarks=None):  # the report would cost more than the run
+            student = cpd.load(self.folder.path / "student.safetensors", teacher, graph=graph).eval()
+            before, after = (evaluate(m, self.task.data, self.task.data.test).main for m in (teacher, student))
+            macs = cpd.cost(student, self.task.example_inputs()).macs / cpd.cost(teacher, self.task.example_inputs()).macs
+            return {"teacher": before, "student": after, "macs_left": macs}
+
+    return Run
+
+
+def measure(folder, task, seed, criterion, target):
+    where = folder / f"{task}-{seed}-{criterion}-{target}"
+    found = recipe.run_recipe(
+        "cpd", run_class(criterion, folder), task, target, where, None, "", Talk(), {"seed": seed}
+    )
+    shutil.rmtree(where)
+    return {"task": task, "seed": seed, "criterion": criterion, "target": target, **found}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--task", default="climate")
+    parser.add_argument("--target", type=float, default=0.5)
+    parser.add_argument("--collect", type=Path, help="write all finished runs as one JSON file and stop")
+    asked = parser.parse_args()
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    cells = Cells(asked.folder / "runs.jsonl")
+    if asked.collect:
+        asked.collect.write_text(json.dumps(list(cells.rows.values()), indent=1) + "\n")
+        return
+    for seed in SEEDS:
+        for criterion in CRITERIA:
+            name = f"{asked.task} macs={asked.target:g} {criterion} seed={seed}"
+            cells.get(name, lambda: measure(asked.folder, asked.task, seed, criterion, asked.target))  # noqa: B023
+
+
+if __name__ == "__main__":
+    main()
