@@ -50,7 +50,9 @@ def run_class(criterion, teachers):
         def _end(self, stage, teacher, graph, plan, scores, remarks=None):  # the report would cost more than the run
             student = cpd.load(self.folder.path / "student.safetensors", teacher, graph=graph).eval()
             before, after = (evaluate(m, self.task.data, self.task.data.test).main for m in (teacher, student))
-            macs = cpd.cost(student, self.task.example_inputs()).macs / cpd.cost(teacher, self.task.example_inputs()).macs
+            macs = (
+                cpd.cost(student, self.task.example_inputs()).macs / cpd.cost(teacher, self.task.example_inputs()).macs
+            )
             return {"teacher": before, "student": after, "macs_left": macs}
 
     return Run

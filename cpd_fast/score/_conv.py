@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 
 _SPATIAL = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _Geometry = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
@@ -21,14 +20,14 @@ _Geometry = tuple[list[int], list[int], list[int], int]  # stride, padding, dila
 
 def _forward(x: Tensor, w: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
-    return torch.ops.aten.convolution(x, w, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    return torch.ops.aten.convolution.default(x, w, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
 def _backward(gy: Tensor, x: Tensor, w: Tensor, geometry: _Geometry, need_x: bool, need_w: bool) -> list[Tensor | None]:
     stride, padding, dilation, groups = geometry
     if not (need_x or need_w):
         return [None, None]
-    gx, gw, _ = torch.ops.aten.convolution_backward(
+    gx, gw, _ = torch.ops.aten.convolution_backward.default(
         gy, x, w, None, stride, padding, dilation, False, [0] * len(stride), groups, [need_x, need_w, False]
     )
     return [gx if need_x else None, gw if need_w else None]
@@ -53,7 +52,9 @@ class Conv(torch.autograd.Function):
         need_x, need_w, need_b, _ = ctx.needs_input_grad
         gx, gw = None, None
         if need_x or need_w:
-            gx, gw = ConvBackward.apply(gy, x, w, ctx.geometry, need_x, need_w)
+            # A Function costs as much as a small convolution: none where no graph is made.
+            run = ConvBackward.apply if torch.is_grad_enabled() else _backward
+            gx, gw = run(gy, x, w, ctx.geometry, need_x, need_w)
         gb = gy.sum([d for d in range(gy.dim()) if d != 1]) if need_b else None
         return gx, gw, gb, None
 
@@ -92,15 +93,12 @@ class ConvBackward(torch.autograd.Function):
         return ggy, gx, gw, None, None, None
 
 
-class DoubleDifferentiable(TorchFunctionMode):
-    """While active, ``torch.conv1d/2d/3d`` run as :class:`Conv` where the call can be expressed as one."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _SPATIAL:
-            call = _parse(_SPATIAL[func], *args, **(kwargs or {}))
-            if call is not None:
-                return Conv.apply(*call)
-        return func(*args, **(kwargs or {}))
+def call(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """The result of ``torch.conv1d/2d/3d`` by :class:`Conv`; None where the call cannot be expressed as one."""
+    if func not in _SPATIAL:
+        return None
+    parsed = _parse(_SPATIAL[func], *args, **kwargs)
+    return None if parsed is None else Conv.apply(*parsed)
 
 
 def _parse(

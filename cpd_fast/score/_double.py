@@ -9,9 +9,21 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from cpd_fast.errors import ScoreError
-from cpd_fast.score._conv import DoubleDifferentiable
+from cpd_fast.score import _conv, _norm
+
+
+class DoubleDifferentiable(TorchFunctionMode):
+    """While active, convolutions and eval-mode batch norms run as our functions where these can express the call."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for module in (_conv, _norm):
+            if (result := module.call(func, args, kwargs)) is not None:
+                return result
+        return func(*args, **kwargs)
 
 
 class NoDoubleBackwardError(ScoreError):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cpd_fast.score._conv import DoubleDifferentiable
+from cpd_fast.score._double import DoubleDifferentiable
 
 CASES = {
     "plain": (2, (2, 3, 7, 6), (4, 3, 3, 3), {}),
