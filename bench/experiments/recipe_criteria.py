@@ -3,7 +3,7 @@
 All runs of a task and seed share one teacher; batches, probes, schedule and losses are the recipe's. One JSON line a
 finished run; a killed experiment goes on with the run that it was in.
 
-Run: ``python -m bench.experiments.recipe_criteria WORK_FOLDER``, and ``... WORK_FOLDER --collect FILE.json`` at the end.
+Run: ``python -m bench.experiments.recipe_criteria WORK_FOLDER``, then with ``--collect FILE.json``.
 """
 
 from __future__ import annotations
