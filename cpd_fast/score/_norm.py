@@ -71,8 +71,8 @@ class NormBackward(torch.autograd.Function):
         ggy = gx = gw = None
         if need_gy:
             if ggw is not None or ggb is not None:
-                factors = [ctx.zeros if g is None else g for g in (ggw, ggb)]
-                ggy = _forward(x, *factors, ctx.statistics)
+                w, b = (ctx.zeros if g is None else g for g in (ggw, ggb))
+                ggy = _forward(x, w, b, ctx.statistics)
             if ggx is not None:
                 ggy = ggx * ctx.scale if ggy is None else ggy.addcmul_(ggx, ctx.scale)
         # The gradients are gy * weight / std and sum(gy * (x - mean)) / std: the same with other factors.
