@@ -17,9 +17,10 @@ import torch
 
 import cpd_fast as cpd
 from bench.experiments.common import Cells
-from cpd_fast.recipes import comb_prune_distill as recipe
+from cpd_fast.recipes.comb_prune_distill import CpdRun
 from cpd_fast.recipes.evaluate import evaluate
 from cpd_fast.recipes.progress import Talk
+from cpd_fast.recipes.run import TEACHER, run_recipe
 
 SEEDS = (0, 1, 2)
 CRITERIA = {
@@ -31,13 +32,13 @@ CRITERIA = {
 
 
 def run_class(criterion, teachers):
-    class Run(recipe.CpdRun):
+    class Run(CpdRun):
         def _criterion(self, seed):
             return CRITERIA[criterion](self.config.num_probes, seed)
 
         def _teacher(self, teacher, step, tensors):
             shared = teachers / f"{self.task.name}-{self.config.seed}.safetensors"
-            own = self.folder.path / recipe.TEACHER
+            own = self.folder.path / TEACHER
             if shared.exists() and step is not None:
                 shutil.copy(shared, own)
                 self._checkpoint(self.after_teacher, 0, {}, {})
@@ -60,9 +61,7 @@ def run_class(criterion, teachers):
 
 def measure(folder, task, seed, criterion, target):
     where = folder / f"{task}-{seed}-{criterion}-{target}"
-    found = recipe.run_recipe(
-        "cpd", run_class(criterion, folder), task, target, where, None, "", Talk(), {"seed": seed}
-    )
+    found = run_recipe("cpd", run_class(criterion, folder), task, target, where, None, "", Talk(), {"seed": seed})
     shutil.rmtree(where)
     return {"task": task, "seed": seed, "criterion": criterion, "target": target, **found}
 
