@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from cpd_fast import losses, ops
 from cpd_fast.compact import compact, compose_plans
 from cpd_fast.errors import CpdError
+from cpd_fast.masking import attach_masks, masked
 from cpd_fast.memory import fit_memory
 from cpd_fast.pipeline import comb, cost
-from cpd_fast.prune import attach_masks, masked
 from cpd_fast.schedule import plan, random_plan, uniform_plan
 from cpd_fast.score import (
     BNScale,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from cpd_fast.compact import compact
 from cpd_fast.errors import PlanError, ScoreError
+from cpd_fast.masking import attach_masks
 from cpd_fast.pipeline import comb
-from cpd_fast.prune import attach_masks
 from cpd_fast.schedule import Greedy, OneGroup, plan, plan_cost
 from cpd_fast.score import Context, Criterion, Taylor, quiet, unwrap
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target

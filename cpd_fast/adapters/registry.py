@@ -77,6 +77,14 @@ def adapted_forward(module: nn.Module) -> Callable[..., Any]:
     return _ADAPTERS[type(module)].forward
 
 
+def adaptation(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]] | None:
+    """The class and the attributes that an adaptable module gets; None for others."""
+    if not adaptable(module):
+        return None
+    adapter = _ADAPTERS[type(module)]
+    return adapter.kind, adapter.attributes
+
+
 def adapt(model: nn.Module, which: Callable[[str], bool] = lambda name: True) -> None:
     """Put the adapters on the modules of a model whose names ``which`` accepts."""
     for name, module in model.named_modules():

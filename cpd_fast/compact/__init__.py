@@ -2,7 +2,8 @@
 
 from cpd_fast.compact.compact import Scale, compact, rehearse
 from cpd_fast.compact.compose import compose_plans
+from cpd_fast.compact.resize import Resizer, Structure
 from cpd_fast.compact.shrink import kept_shape
 from cpd_fast.compact.sliced import can_slice, sliced
 
-__all__ = ["Scale", "can_slice", "compact", "compose_plans", "kept_shape", "rehearse", "sliced"]
+__all__ = ["Resizer", "Scale", "Structure", "can_slice", "compact", "compose_plans", "kept_shape", "rehearse", "sliced"]

@@ -84,13 +84,11 @@ def compact(
     _check_model(model, graph)
     alive = graph.alive(plan)
     cuts = {n: c for n, t in graph.tensors.items() if (c := make_cut(t, alive)) is not None}
-    identities, scaled_rows, scales = _kept_scales(graph.scale_sites, alive)
+    identities, scaled_rows, scales = kept_scales(graph.scale_sites, alive)
     small = _copy_cut(model, graph, cuts, scaled_rows)
     adapt(small, lambda name: any(not name or n.startswith(f"{name}.") for n in cuts))
-    for hooks in (small._forward_pre_hooks, small._forward_hooks):
-        for key in [k for k, h in hooks.items() if getattr(_owner(h), "dropped_by_compaction", False)]:
-            del hooks[key]
-    _fit_modules(small, graph, plan, identities)
+    drop_mask_hooks(small)
+    fit_modules(small, graph, plan, identities)
     for name, calls in scales.items():
         scale_calls(small.get_submodule(name), calls)
     carried = [] if optimizer is None else _carry_optimizer(optimizer, model, small, cuts)
@@ -110,6 +108,11 @@ def rehearse(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> None:
     """
     model = unwrap(model)
     alive = graph.alive(plan)
+    fit_modules(cut_on_meta(model, graph, alive), graph, plan, kept_scales(graph.scale_sites, alive)[0])
+
+
+def cut_on_meta(model: nn.Module, graph: ChannelGraph, alive: np.ndarray) -> nn.Module:
+    """A copy without weights whose tensors have the shapes that are left of them; attributes are not repaired yet."""
     memo: dict[int, Any] = {}
     for name, t in named_tensors(model):
         known = graph.tensors.get(name)
@@ -117,22 +120,32 @@ def rehearse(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> None:
             shape = left_shape(known.shape, known.maps, alive)
             value = torch.empty(shape, dtype=t.dtype, device="meta")
             memo[id(t)] = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
-    small = clone_to_meta(model, memo, graph.needs_hooks)
-    _fit_modules(small, graph, plan, _kept_scales(graph.scale_sites, alive)[0])
+    return clone_to_meta(model, memo, graph.needs_hooks)
 
 
-def _fit_modules(small: nn.Module, graph: ChannelGraph, plan: PrunePlan, identities: dict[str, float]) -> None:
-    """Make the modules fit tensors that are cut already, and prove it; ``identities`` become scales."""
+def fit_modules(
+    small: nn.Module, graph: ChannelGraph, plan: PrunePlan, identities: dict[str, float]
+) -> list[tuple[str, np.ndarray, float]]:
+    """Make the modules fit tensors that are cut already, and prove it; ``identities`` become scales.
+
+    Returns:
+        Rows (of original tensors) that had to be scaled.
+    """
     alive = graph.alive(plan)
     for name, factor in identities.items():
         small.set_submodule(name, Scale(factor * getattr(small.get_submodule(name), "factor", 1.0)))
     repair_known(small, graph, alive)
-    repair(small, graph, plan, Replayer(small, graph, alive, frozenset(identities)))
+    return repair(small, graph, plan, Replayer(small, graph, alive, frozenset(identities)))
 
 
-def _owner(hook: Any) -> Any:
-    """The object whose bound method a hook is."""
-    return getattr(hook, "__self__", None)
+def drop_mask_hooks(small: nn.Module) -> None:
+    """Take the hooks off that belong to masks: nothing is left to mask in a compacted copy."""
+    for module in small.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [
+                k for k, h in hooks.items() if getattr(getattr(h, "__self__", None), "dropped_by_compaction", False)
+            ]:
+                del hooks[key]
 
 
 def _check_model(model: nn.Module, graph: ChannelGraph) -> None:
@@ -144,7 +157,7 @@ def _check_model(model: nn.Module, graph: ChannelGraph) -> None:
             raise PlanError(f"{name}: the graph expects shape {t.shape}, the model has {what}; comb this model")
 
 
-def _kept_scales(
+def kept_scales(
     sites: tuple[ScaleSite, ...], alive: np.ndarray
 ) -> tuple[dict[str, float], dict[str, list[_RowScale]], dict[str, dict[int, float]]]:
     """How attention that takes 1/sqrt(head_dim) as its scale keeps the original one.

@@ -8,6 +8,9 @@ sizes it became, and an edit stays when the replay gets further.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -22,36 +25,72 @@ from cpd_fast.types import ChannelGraph, PrunePlan
 
 def repair_known(model: nn.Module, graph: ChannelGraph, alive: np.ndarray) -> None:
     """Sizes of PyTorch's own layers (and their subclasses), from their tensors' new shapes."""
-    norm_sizes = {
+    lengths = norm_lengths(graph, alive)
+    for name, m in model.named_modules():
+        for attribute, value in known_sizes(name, m, lambda key, m=m: _shape(m, key), graph, alive, lengths).items():  # type: ignore[misc]
+            setattr(m, attribute, value)
+
+
+def norm_lengths(graph: ChannelGraph, alive: np.ndarray) -> dict[str, int]:
+    """What is left of the channels that a module normalises over, by module, where they lie along one dim."""
+    return {
         s.module: int(alive[s.channels].sum()) for s in graph.norm_sites if max(s.channels.shape) == s.channels.size
     }
-    for name, m in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if isinstance(m, nn.modules.conv._ConvNd):
-            _repair_conv(m, graph, alive, graph.aliases.get(f"{prefix}weight", f"{prefix}weight"))
-        elif isinstance(m, nn.Linear):
-            m.out_features, m.in_features = m.weight.shape
-        elif isinstance(m, nn.modules.batchnorm._NormBase):
-            t = m.weight if m.weight is not None else m.running_mean
-            if t is not None:
-                m.num_features = len(t)
-        elif isinstance(m, nn.GroupNorm):
-            channels = len(m.weight) if m.weight is not None else norm_sizes.get(name, m.num_channels)
-            m.num_groups = channels if m.num_groups == m.num_channels else m.num_groups
-            m.num_channels = channels
-        elif isinstance(m, nn.PReLU):
-            m.num_parameters = m.weight.numel()
-        elif isinstance(m, nn.Embedding):
-            m.num_embeddings, m.embedding_dim = m.weight.shape
-        elif hasattr(m, "normalized_shape"):
-            weight = getattr(m, "weight", None)
-            if weight is not None:
-                m.normalized_shape = tuple(weight.shape)
-            elif name in norm_sizes:
-                m.normalized_shape = (norm_sizes[name],)
 
 
-def _repair_conv(m: nn.modules.conv._ConvNd, graph: ChannelGraph, alive: np.ndarray, weight: str) -> None:
+def known_sizes(
+    name: str,
+    m: nn.Module,
+    shape: Callable[[str], tuple[int, ...] | None],
+    graph: ChannelGraph,
+    alive: np.ndarray,
+    lengths: dict[str, int],
+) -> dict[str, Any]:
+    """The size attributes that one of PyTorch's own layers has when its tensors have their new shapes.
+
+    Args:
+        name: Qualified name of the layer.
+        m: The layer; not changed.
+        shape: New shape of a tensor of the layer by attribute, None where it has none.
+        graph: Coupled channel groups.
+        alive: Which channels survive.
+        lengths: :func:`norm_lengths`, for norms without a weight.
+    """
+    weight = shape("weight")
+    if isinstance(m, nn.modules.conv._ConvNd) and weight is not None:
+        path = f"{name}.weight" if name else "weight"
+        return _conv_sizes(m, weight, graph, alive, graph.aliases.get(path, path))
+    if isinstance(m, nn.Linear) and weight is not None:
+        return {"out_features": weight[0], "in_features": weight[1]}
+    if isinstance(m, nn.modules.batchnorm._NormBase):
+        whole = weight if weight is not None else shape("running_mean")
+        return {} if whole is None else {"num_features": whole[0]}
+    if isinstance(m, nn.GroupNorm):
+        channels = weight[0] if weight is not None else lengths.get(name, m.num_channels)
+        return {
+            "num_groups": channels if m.num_groups == m.num_channels else m.num_groups,
+            "num_channels": channels,
+        }
+    if isinstance(m, nn.PReLU) and weight is not None:
+        return {"num_parameters": weight[0]}
+    if isinstance(m, nn.Embedding) and weight is not None:
+        return {"num_embeddings": weight[0], "embedding_dim": weight[1]}
+    if hasattr(m, "normalized_shape") and not isinstance(m, (nn.Linear, nn.PReLU, nn.Embedding)):
+        if weight is not None:
+            return {"normalized_shape": weight}
+        if name in lengths:
+            return {"normalized_shape": (lengths[name],)}
+    return {}
+
+
+def _shape(m: nn.Module, key: str) -> tuple[int, ...] | None:
+    tensor = getattr(m, key, None)
+    return tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else None
+
+
+def _conv_sizes(
+    m: nn.modules.conv._ConvNd, shape: tuple[int, ...], graph: ChannelGraph, alive: np.ndarray, weight: str
+) -> dict[str, Any]:
     tensor = graph.tensors.get(weight)
     groups = m.groups
     if tensor is not None and groups > 1:  # conv groups that keep a row
@@ -60,16 +99,18 @@ def _repair_conv(m: nn.modules.conv._ConvNd, graph: ChannelGraph, alive: np.ndar
             if ids.shape[0] > 1:
                 rows &= alive[ids].any(tuple(range(1, ids.ndim)))
         groups = int(rows.reshape(m.groups, -1).any(1).sum())
-    first, second = m.weight.shape[:2]
-    m.groups = groups
-    if m.transposed:
-        m.in_channels, m.out_channels = first, second * groups
-    else:
-        m.out_channels, m.in_channels = first, second * groups
+    first, second = shape[:2]
+    outs, ins = (second * groups, first) if m.transposed else (first, second * groups)
+    return {"groups": groups, "out_channels": outs, "in_channels": ins}
 
 
-def repair(model: nn.Module, graph: ChannelGraph, plan: PrunePlan, replayer: Replayer) -> None:
+def repair(
+    model: nn.Module, graph: ChannelGraph, plan: PrunePlan, replayer: Replayer
+) -> list[tuple[str, np.ndarray, float]]:
     """Edit attributes of custom modules until the replay succeeds; then scale rows before scales that moved.
+
+    Returns:
+        Tensor name, rows of the original tensor and factor of every scaling.
 
     Raises:
         CompactError: When no edit gets the replay further; names the module, the failing call and what was tried.
@@ -90,6 +131,7 @@ def repair(model: nn.Module, graph: ChannelGraph, plan: PrunePlan, replayer: Rep
         failure = _failure(result, model.get_submodule(result.module))
         raise failure from result.error
     _scale_rows(model, graph, plan, result.scales)
+    return result.scales
 
 
 def _failure(result: Replay, module: nn.Module) -> CompactError:

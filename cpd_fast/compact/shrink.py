@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,16 +25,11 @@ def make_cut(tensor: TensorMap, alive: np.ndarray) -> Cut | None:
     Returns:
         The cut, or None where everything survives. Memory format and dtype are kept.
     """
-    maps = [m for m in tensor.maps if not alive[m].all()]
-    if not maps:
+    left = what_is_left(tensor, alive)
+    if left is None:
         return None
-    if all(sum(s > 1 for s in m.shape) <= 1 for m in maps):
-        kept = {}
-        for m in maps:
-            dim = int(np.argmax(m.shape))
-            index = np.flatnonzero(alive[m.reshape(-1)])
-            kept[dim] = np.intersect1d(kept[dim], index) if dim in kept else index
-        indices = {dim: torch.from_numpy(np.ascontiguousarray(i)) for dim, i in kept.items()}
+    if left.grid is None:
+        indices = {dim: torch.from_numpy(i) for dim, i in left.dims.items()}
 
         def cut(t: Tensor) -> Tensor:
             out = t
@@ -42,16 +38,63 @@ def make_cut(tensor: TensorMap, alive: np.ndarray) -> Cut | None:
             return _like(t, out)
 
         return cut
-    keep = np.ones(tensor.shape, bool)
-    for m in maps:
-        keep &= alive[m]
-    shape = box_shape(keep)
-    mask = torch.from_numpy(keep)
+    mask = torch.from_numpy(left.grid)
 
     def cut_grid(t: Tensor) -> Tensor:
-        return _like(t, t[mask.to(t.device)].reshape(shape))
+        return _like(t, t[mask.to(t.device)].reshape(left.shape))
 
     return cut_grid
+
+
+class Kept(NamedTuple):
+    """The elements of a tensor that a plan keeps.
+
+    Attributes:
+        shape: What remains.
+        dims: Kept indices by dim, int64 and sorted, where the elements are a product of such lists.
+        grid: Which elements remain, over the leading dims that matter, where they are not; None otherwise.
+    """
+
+    shape: tuple[int, ...]
+    dims: dict[int, np.ndarray]
+    grid: np.ndarray | None
+
+
+def what_is_left(
+    tensor: TensorMap, alive: np.ndarray, lines: dict[int, np.ndarray | None] | None = None
+) -> Kept | None:
+    """Which elements of a tensor survive; None where all do.
+
+    Args:
+        tensor: Channel maps of the tensor.
+        alive: Which channels survive.
+        lines: What was found for maps along one dim, by ``id``: tensors share them. Filled here.
+    """
+    lines = {} if lines is None else lines
+    kept: dict[int, np.ndarray] = {}
+    maps = []
+    for m in tensor.maps:
+        if max(m.shape, default=1) != m.size:
+            if not alive[m].all():
+                maps.append(m)
+            continue
+        if id(m) not in lines:
+            keep = alive[m.reshape(-1)]
+            lines[id(m)] = None if keep.all() else np.flatnonzero(keep)
+        index = lines[id(m)]
+        if index is not None:
+            maps.append(m)
+            dim = int(np.argmax(m.shape))
+            kept[dim] = np.intersect1d(kept[dim], index) if dim in kept else index
+    if not maps:
+        return None
+    if len(maps) == len(kept) or all(max(m.shape, default=1) == m.size for m in maps):
+        return Kept(tuple(len(kept[d]) if d in kept else s for d, s in enumerate(tensor.shape)), kept, None)
+    lead = 1 + max(d for m in maps for d, size in enumerate(m.shape) if size > 1)
+    grid = np.ones(tensor.shape[:lead], bool)
+    for m in maps:
+        grid &= alive[m.reshape(m.shape[:lead])]
+    return Kept((*box_shape(grid), *tensor.shape[lead:]), {}, grid)
 
 
 def kept_shape(tensor: TensorMap, alive: np.ndarray) -> tuple[int, ...]:

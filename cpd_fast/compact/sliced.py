@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
-import numpy as np
-import torch
 from torch import nn
 
 from cpd_fast.adapters import adapt
-from cpd_fast.comb.meta import clone_to_meta, unwrap
-from cpd_fast.compact.compact import _check_model, _copy_cut, _owner
+from cpd_fast.comb.meta import unwrap
+from cpd_fast.compact.compact import _check_model, _copy_cut, cut_on_meta, drop_mask_hooks
 from cpd_fast.compact.repair import repair_known
 from cpd_fast.compact.replay import Replayer
-from cpd_fast.compact.shrink import box_shape, make_cut
+from cpd_fast.compact.shrink import make_cut
 from cpd_fast.types import ChannelGraph, PrunePlan
 
 
@@ -32,14 +28,7 @@ def can_slice(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> bool:
     if any(not alive[s.channels].all() for s in graph.scale_sites):
         return False
     model = unwrap(model)
-    memo: dict[int, object] = {}
-    for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        known = graph.tensors.get(name)
-        if known is not None:
-            shape = box_shape(functools.reduce(np.logical_and, (alive[m] for m in known.maps)), known.shape)
-            value = torch.empty(shape, dtype=t.dtype, device="meta")
-            memo[id(t)] = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
-    small = clone_to_meta(model, memo, graph.needs_hooks)
+    small = cut_on_meta(model, graph, alive)
     repair_known(small, graph, alive)
     result = Replayer(small, graph, alive, frozenset()).run()
     return result.error is None and not result.scales and not result.resizes
@@ -66,8 +55,6 @@ def sliced(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> nn.Module:
     cuts = {n: c for n, t in graph.tensors.items() if (c := make_cut(t, alive)) is not None}
     small = _copy_cut(model, graph, cuts, {})
     adapt(small, lambda name: any(not name or n.startswith(f"{name}.") for n in cuts))
-    for hooks in (small._forward_pre_hooks, small._forward_hooks):
-        for key in [k for k, h in hooks.items() if getattr(_owner(h), "dropped_by_compaction", False)]:
-            del hooks[key]
+    drop_mask_hooks(small)
     repair_known(small, graph, alive)
     return small

@@ -54,7 +54,10 @@ class Resized(nn.Module):
 
 
 @cache
-def _resized_class(base: type[nn.Module]) -> type[nn.Module]:
+def resized_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The class of modules of class ``base`` whose calls are put right."""
+    if issubclass(base, Resized):
+        return base
     return type(f"Resized{base.__name__}", (Resized, base), {"__module__": base.__module__})
 
 
@@ -73,5 +76,5 @@ def scale_calls(module: nn.Module, scales: dict[int, float]) -> None:
 def _mix_in(module: nn.Module) -> None:
     if not isinstance(module, Resized):
         base: Any = type(module)
-        module.__class__ = _resized_class(base)
+        module.__class__ = resized_class(base)
         module.__dict__.update(resized_calls={}, scaled_calls={})

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cpd_fast.compact import compact
-from cpd_fast.prune import attach_masks
+from cpd_fast.masking import attach_masks
 from cpd_fast.recipes.outcome import training_note
 from cpd_fast.recipes.progress import Talk
 from cpd_fast.recipes.ranking import best_plan, search_note

@@ -34,6 +34,8 @@ class Sites(TorchFunctionMode):
     Groups that no such layer consumes (query and key dims) are seen where they are produced.
     """
 
+    sees_original_shapes = True  # a masked model runs at full width below this mode
+
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.context = context

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from cpd_fast.compact import can_slice, compact, sliced
 from cpd_fast.errors import CompactError, SearchError
-from cpd_fast.prune import masked
+from cpd_fast.masking import masked
 from cpd_fast.search.calibration import (
     Batch,
     Means,
@@ -70,7 +70,8 @@ class CandidateBuilder:
         has_norms = bool(batch_norms(model))
         self.calibration = "adaptive batch norm" if has_norms else "matched means"
         self._means: Means = {} if has_norms else channel_means(model, graph, batches)
-        self._masked = masked(copy.deepcopy(model), graph, PrunePlan({}, graph.fingerprint))
+        how = "auto" if has_norms else "full_width"  # matched means look at the original shapes
+        self._masked = masked(copy.deepcopy(model), graph, PrunePlan({}, graph.fingerprint), how)
         if execution != "masked":
             del self._masked
 

@@ -1,0 +1,76 @@
+"""Masked weights stand still, whatever an optimizer would do to them (momentum, weight decay)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from cpd_fast.prune.picks import Kept, Pick, complement
+
+
+class Hold:
+    """Gives masked weights their values back after every step of any ``torch.optim`` optimizer.
+
+    What an optimizer has gathered for weights that are masked (momentum, moments) is dropped when a later plan keeps
+    them, so that they start anew from the values they had.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[int, tuple[Tensor, list[Pick]]] = {}  # by id of the parameter, which is kept alive
+        self._values: dict[int, list[Tensor]] = {}
+        self._stale: dict[int, list[Pick]] = {}  # masked by an earlier plan: state that is to be dropped
+        me = weakref.ref(self)
+        hooks = (
+            register_optimizer_step_pre_hook(lambda o, *_: _call(me, "_before", o)),
+            register_optimizer_step_post_hook(lambda o, *_: _call(me, "_after", o)),
+        )
+        self._remove = weakref.finalize(self, _remove, hooks)
+
+    def update(self, masked: Mapping[str, tuple[Tensor, Kept]]) -> None:
+        """Masks have moved: parameter and what is kept of it, by name."""
+        for key, (_, parts) in self._parts.items():
+            self._stale.setdefault(key, []).extend(parts if key in self._values else ())
+        self._values = {}
+        self._parts = {id(p): (p, complement(tuple(p.shape), kept)) for p, kept in masked.values()}
+
+    def remove(self) -> None:
+        """Let optimizers do what they like."""
+        self._remove()
+
+    def _mine(self, optimizer: Optimizer) -> list[Tensor]:
+        known = self._parts.keys() | self._stale.keys()
+        return [p for group in optimizer.param_groups for p in group["params"] if id(p) in known]
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer) -> None:
+        for p in self._mine(optimizer):
+            for part in self._stale.pop(id(p), ()):
+                for value in optimizer.state.get(p, {}).values():
+                    if isinstance(value, Tensor) and value.shape == p.shape:
+                        part.write(value, 0.0)
+            if id(p) in self._parts and id(p) not in self._values:
+                self._values[id(p)] = [part.take(p) for part in self._parts[id(p)][1]]
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer) -> None:
+        for p in self._mine(optimizer):
+            if id(p) in self._values:
+                for part, value in zip(self._parts[id(p)][1], self._values[id(p)], strict=True):
+                    part.write(p, value)
+
+
+def _call(me: Any, method: str, optimizer: Optimizer) -> None:
+    hold = me()
+    if hold is not None:
+        getattr(hold, method)(optimizer)
+
+
+def _remove(hooks: tuple[Any, ...]) -> None:
+    for hook in hooks:
+        hook.remove()
