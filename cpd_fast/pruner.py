@@ -43,6 +43,8 @@ class Pruner:
         graph: The model's graph where it is at hand; comb is not run then.
         score_ema: Share of the old scores in those of an interval, in [0, 1): an exponential moving average over the
             removals. 0 looks at the last interval alone.
+        execution: How masked forwards run; ``"full_width"`` keeps the shapes that hooks on modules see, for losses on
+            features. See :func:`cpd_fast.masked`.
         options: ``round_to``, ``max_pruning_ratio``, ``min_channels``, ``normalize``, ``per_cost``, ``latency`` of
             :func:`cpd_fast.plan`.
 
@@ -87,6 +89,7 @@ class Pruner:
         protect: Iterable[str] = (),
         graph: ChannelGraph | None = None,
         score_ema: float = 0.0,
+        execution: str = "auto",
         **options: Any,
     ) -> None:
         if not 0 <= score_ema < 1:
@@ -110,7 +113,7 @@ class Pruner:
         self._context = Context(self.model, self.graph, self.criterion.seeded(), self.plan)
         self._moments = self._context.moments()
         self._ema: dict[str, Tensor] = {}
-        self._masks = attach_masks(self.model, self.graph)
+        self._masks = attach_masks(self.model, self.graph, execution=execution)
         self._apply(self.plan, 0)
 
     @property

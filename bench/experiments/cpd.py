@@ -186,9 +186,11 @@ def uniform(graph: cpd.ChannelGraph, model: nn.Module, keep: float) -> cpd.Prune
     raise AssertionError(f"no uniform width has {keep} of the MACs")
 
 
-def make(method: str, model: nn.Module, optimizer: torch.optim.Optimizer, keep: float) -> Prune:
+def make(
+    method: str, model: nn.Module, optimizer: torch.optim.Optimizer, keep: float, execution: str = "auto"
+) -> Prune:
     if method in VARIANTS:
-        return InLoop(model, optimizer, keep, **VARIANTS[method])
+        return InLoop(model, optimizer, keep, execution=execution, **VARIANTS[method])
     if method == "published":  # Hessian trace over all groups; linear, at the end of intervals
         return InLoop(model, optimizer, keep, criterion=cpd.HessianTrace(), schedule=greedy(ramp="linear"))
     if method == "released":  # one group an event; its 50 iterations an interval would not end within PRUNE
@@ -247,7 +249,7 @@ def run_cell(method: str, keep: float, distil: str, seed: int, teacher: nn.Modul
     torch.manual_seed(stage)
     student = Student(teacher, distil)
     extra = torch.optim.AdamW(student.features.parameters(), lr=LR)
-    pruning, out = make(method, model, optimizer, keep), {}
+    pruning, out = make(method, model, optimizer, keep, "full_width" if "features" in distil else "auto"), {}
     model, average, first = pruning.model, None, TOTAL
     for it in range(TOTAL):
         if average is None and pruning.is_done(it):
