@@ -25,6 +25,7 @@ class Hold:
         self._parts: dict[int, tuple[Tensor, list[Pick]]] = {}  # by id of the parameter, which is kept alive
         self._values: dict[int, list[Tensor]] = {}
         self._stale: dict[int, list[Pick]] = {}  # masked by an earlier plan: state that is to be dropped
+        self._stepping: set[int] = set()  # parameters of an optimizer that is in its step
         me = weakref.ref(self)
         hooks = (
             register_optimizer_step_pre_hook(lambda o, *_: _call(me, "_before", o)),
@@ -38,6 +39,9 @@ class Hold:
             self._stale.setdefault(key, []).extend(parts if key in self._values else ())
         self._values = {}
         self._parts = {id(p): (p, complement(tuple(p.shape), kept)) for p, kept in masked.values()}
+        if self._stepping:  # masks moved in the closure that the step calls: it has yet to move weights
+            for key in self._stepping & self._parts.keys():
+                self._keep(self._parts[key][0])
 
     def remove(self) -> None:
         """Let optimizers do what they like."""
@@ -54,11 +58,17 @@ class Hold:
                 for value in optimizer.state.get(p, {}).values():
                     if isinstance(value, Tensor) and value.shape == p.shape:
                         part.write(value, 0.0)
-            if id(p) in self._parts and id(p) not in self._values:
-                self._values[id(p)] = [part.take(p) for part in self._parts[id(p)][1]]
+            if id(p) in self._parts:  # anew in every step: weights may have been loaded in between
+                self._keep(p)
+        self._stepping.update(id(p) for group in optimizer.param_groups for p in group["params"])
+
+    @torch.no_grad()
+    def _keep(self, p: Tensor) -> None:
+        self._values[id(p)] = [part.take(p).detach() for part in self._parts[id(p)][1]]
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer) -> None:
+        self._stepping.difference_update(id(p) for group in optimizer.param_groups for p in group["params"])
         for p in self._mine(optimizer):
             if id(p) in self._values:
                 for part, value in zip(self._parts[id(p)][1], self._values[id(p)], strict=True):

@@ -231,6 +231,31 @@ def test_optimizers_do_not_revive_masked_weights(make, execution, regrow):
     assert not torch.equal(model.get_parameter(name)[gone], before[name][gone])
 
 
+def test_masks_that_move_inside_a_step_hold_from_there_on():
+    """Loops that hand the optimizer a closure prune in it, before the weights move (Lightning does)."""
+    model = convnet().train()
+    graph = cpd.comb(model, X)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
+    handle, plan = cpd.attach_masks(model, graph), plan_of(graph)
+
+    def closure(plan):
+        optimizer.zero_grad()
+        loss = model(X).square().sum()
+        loss.backward()
+        handle.update(plan)
+        return loss
+
+    optimizer.step(lambda: closure(handle.plan))  # momentum is there when the masks come
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(2):
+        optimizer.step(lambda: closure(plan))
+    masked = [n for n in before if not kept(graph, plan, n).all()]
+    assert masked
+    for n in masked:
+        gone = ~kept(graph, plan, n)
+        assert torch.equal(model.get_parameter(n)[gone], before[n][gone])
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant):
         super().__init__()
