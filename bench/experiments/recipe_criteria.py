@@ -36,19 +36,17 @@ def run_class(criterion, teachers):
         def _criterion(self, seed):
             return CRITERIA[criterion](self.config.num_probes, seed)
 
-        def _teacher(self, teacher, step, tensors):
+        def _teacher(self, teacher, at):
             shared = teachers / f"{self.task.name}-{self.config.seed}.safetensors"
             own = self.folder.path / TEACHER
-            if shared.exists() and step is not None:
+            if shared.exists() and at.stage == "teacher":
                 shutil.copy(shared, own)
-                self._checkpoint(self.after_teacher, 0, {}, {})
-                step = None
-            teacher = super()._teacher(teacher, step, tensors)
+                self.go_on(at)
+            super()._teacher(teacher, at)
             if not shared.exists():
                 shutil.copy(own, shared)
-            return teacher
 
-        def _end(self, stage, teacher, graph, plan, scores, remarks=None):  # the report would cost more than the run
+        def _end(self, stage, teacher, graph, plan):  # the report would cost more than the run
             student = cpd.load(self.folder.path / "student.safetensors", teacher, graph=graph).eval()
             before, after = (evaluate(m, self.task.data, self.task.data.test).main for m in (teacher, student))
             macs = (
