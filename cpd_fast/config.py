@@ -22,6 +22,15 @@ def _range(default: Any, low: float, high: float, text: str, recipes: tuple[str,
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": text, "recipes": recipes})
 
 
+def _choice(default: str, choices: tuple[str, ...], text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"choices": choices, "help": text, "recipes": RECIPES})
+
+
+def _names(text: str, choices: tuple[str, ...] = ()) -> Any:
+    """Names in one text, separated by commas; lists of them are taken too."""
+    return dataclasses.field(default="", metadata={"names": True, "choices": choices, "help": text, "recipes": RECIPES})
+
+
 @dataclass(frozen=True)
 class CompressConfig:
     """Settings of the recipes; counts are training steps (batches). :meth:`of_recipe` says which recipe reads which.
@@ -51,6 +60,13 @@ class CompressConfig:
         1, 1e-3, 10**6, "fewest channels that a layer keeps; below 1: the least fraction of it"
     )
     max_pruning_ratio: float = _range(0.95, 0, 1, "largest fraction that a layer may lose")
+    ignore: str = _names("modules or parameters that keep their shapes: names or patterns, separated by commas")
+    freeze: str = _names("groups that stay whole, else modules or parameters: names or patterns, separated by commas")
+    protect: str = _names("layers that stay whole: first, last or both, separated by a comma", ("first", "last"))
+    granularity: str = _choice("dim", ("dim", "head"), "a channel of an attention: a dim of each head, or a head")
+    conv_groups: str = _choice(
+        "channel", ("channel", "group"), "a channel of a grouped convolution: one of each conv group, or a conv group"
+    )
     num_probes: int = _range(1, 1, 10**4, "Rademacher probes a batch of the Hessian trace", (CPD,))
     score_batches: int = _range(4, 1, 10**5, "batches that each scoring looks at", (CPD,))
     tau: float = _range(1.0, 1e-3, 1e3, "temperature of the distillation loss", (CPD, EAGLEEYE))
@@ -79,13 +95,24 @@ class CompressConfig:
     def __post_init__(self) -> None:
         faults = []
         for f in dataclasses.fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            kinds = (int,) if isinstance(f.default, int) else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-                kind = "whole number" if kinds == (int,) else "number"
-                faults.append(f"{f.name}={value!r}: expected a {kind} from {low:g} to {high:g}")
+            value = getattr(self, f.name)
+            if f.metadata.get("names") and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+                value = ",".join(value)
+                object.__setattr__(self, f.name, value)
+            fault = _text_fault(f, value) if "choices" in f.metadata else _number_fault(f, value)
+            if fault:
+                faults.append(f"{f.name}={value!r}: expected {fault}")
         if faults:
             raise ConfigError("; ".join(faults))
+
+    def listed(self, name: str) -> tuple[str, ...]:
+        """The names in a setting that holds several.
+
+        Example:
+            >>> CompressConfig(protect="first, last").listed("protect")
+            ('first', 'last')
+        """
+        return _split(getattr(self, name))
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> CompressConfig:
@@ -111,6 +138,29 @@ class CompressConfig:
     def of_recipe(self, recipe: str) -> dict[str, Any]:
         """Names and values of the settings that a recipe reads."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if recipe in f.metadata["recipes"]}
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(v.strip() for v in text.split(",") if v.strip())
+
+
+def _number_fault(f: dataclasses.Field[Any], value: Any) -> str | None:
+    """What was expected, where a value is no number of its field."""
+    low, high = f.metadata["low"], f.metadata["high"]
+    kinds = (int,) if isinstance(f.default, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        return f"a {'whole number' if kinds == (int,) else 'number'} from {low:g} to {high:g}"
+    return None
+
+
+def _text_fault(f: dataclasses.Field[Any], value: Any) -> str | None:
+    """What was expected, where a value is no text of its field."""
+    many, choices = f.metadata.get("names", False), f.metadata["choices"]
+    if not isinstance(value, str):
+        return "names separated by commas, or a list of them" if many else f"one of {', '.join(choices)}"
+    if choices and not set(_split(value) if many else [value]) <= set(choices):
+        return f"{'some' if many else 'one'} of {', '.join(choices)}"
+    return None
 
 
 # what differs from the defaults for the built-in tasks; measured on two cores, see docs

@@ -67,14 +67,16 @@ def comb(
     if not isinstance(model, nn.Module):
         raise TraceError(f"comb: expected a torch.nn.Module, got {type(model).__name__}")
     strict: frozenset[str] = frozenset()
+    ignore = [ignore] if isinstance(ignore, (str, nn.Module)) else list(ignore)
     protected = [protect] if isinstance(protect, str) else list(protect)
     graph = trace_groups(model, example_inputs, ignore, on_unknown, granularity, conv_groups)
     graph = graph.protect(*protected)
+    options = _options(model, ignore, on_unknown, granularity, conv_groups)
     failed: set[str] = set()
     while graph.prunable_groups:
         try:
             rehearse(model, graph, _uneven_plan(graph))
-            return graph
+            break
         except CompactError as e:
             dashed = _dashed(graph.hopes, unwrap(model), e.module or "")
             if dashed:
@@ -85,7 +87,17 @@ def comb(
                 continue
             graph = _freeze_around(graph, unwrap(model), e.module or "", widely=e.module in failed)
             failed.add(e.module or "")
-    return graph
+    return replace(graph, options=options, _by_name={})
+
+
+def _options(model: nn.Module, ignore: Iterable[str | nn.Module], *choices: str) -> dict[str, Any]:
+    """What :func:`comb` was told beside its defaults, as plain values."""
+    given = dict(zip(("on_unknown", "granularity", "conv_groups"), choices, strict=True))
+    options: dict[str, Any] = {k: v for k, v in given.items() if v not in ("error", "dim", "channel")}
+    names = {id(m): n for n, m in unwrap(model).named_modules()}
+    if ignored := [i if isinstance(i, str) else names[id(i)] or "*" for i in ignore]:
+        options["ignore"] = ignored
+    return options
 
 
 def _dashed(hopes: frozenset[str], model: nn.Module, module: str) -> frozenset[str]:

@@ -66,6 +66,7 @@ def save(
     names = {name: t for name, t in small.state_dict().items() if graph.aliases.get(name, name) == name}
     inputs = _spec_of_shapes(graph.input_shapes) if example_inputs is None else _spec(example_inputs)
     head = {"fingerprint": graph.fingerprint, "plan": plan.to_json(), "inputs": inputs, "scales": _scales(small)}
+    head |= {"comb": dict(graph.options)} if graph.options else {}
     data = pack_tensors(names, head, FORMAT, VERSION)
     try:
         write_atomically(Path(path), data)
@@ -111,7 +112,8 @@ def load(
         path: What :func:`save` wrote.
         fresh_model: The original architecture, at its original widths.
         example_inputs: Inputs to comb with; default: tensors of the stored shapes and dtypes, without memory.
-        graph: Graph of ``fresh_model`` where it was combed with options (``ignore``, ``on_unknown``).
+        graph: Graph of ``fresh_model``, if at hand: saves the trace. Options that comb was given (``ignore``,
+            ``on_unknown``, ``granularity``, ``conv_groups``) are in the file.
 
     Returns:
         The compacted network in ``fresh_model``'s mode, on its device.
@@ -124,7 +126,7 @@ def load(
     tensors, head = read_tensors(Path(path), FORMAT, VERSION)
     plan = PrunePlan.from_json(str(head.get("plan")), f"{where}: plan")
     if graph is None:
-        graph = _comb_again(fresh_model, example_inputs, head.get("inputs"), where)
+        graph = _comb_again(fresh_model, example_inputs, head, where)
     if graph.fingerprint != head.get("fingerprint"):
         raise FileFormatError(
             f"{where}: belongs to another model: the file has fingerprint {head.get('fingerprint')}, "
@@ -139,13 +141,21 @@ def load(
     return small
 
 
-def _comb_again(model: nn.Module, example_inputs: Any, spec: Any, where: str) -> ChannelGraph:
-    if example_inputs is not None:
-        return comb(model, example_inputs)
-    inputs = _without_memory(spec, where)
+def _comb_again(model: nn.Module, example_inputs: Any, head: Mapping[str, Any], where: str) -> ChannelGraph:
+    options = head.get("comb", {})
+    if not isinstance(options, dict) or not options.keys() <= {"ignore", "on_unknown", "granularity", "conv_groups"}:
+        raise FileFormatError(f"{where}: the options of its comb cannot be read; pass graph")
+    ignore = options.pop("ignore", [])
+    if not isinstance(ignore, list) or not all(isinstance(v, str) for v in [*ignore, *options.values()]):
+        raise FileFormatError(f"{where}: the options of its comb cannot be read; pass graph")
+    inputs = _without_memory(head.get("inputs"), where) if example_inputs is None else example_inputs
     try:
-        return comb(model, inputs)
+        return comb(model, inputs, ignore, **options)
+    except (PlanError, ValueError) as e:
+        raise FileFormatError(f"{where}: {type(model).__name__} cannot be combed as it was: {e}; pass graph") from e
     except TraceError as e:
+        if example_inputs is not None:
+            raise
         raise FileFormatError(
             f"{where}: {type(model).__name__} does not run on the example inputs of the file ({e}); "
             "build the model as it was before pruning, or pass example_inputs"

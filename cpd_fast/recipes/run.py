@@ -179,8 +179,7 @@ class Run:
         teacher = self.task.build()
         at = self._resume()
         self._teacher(teacher, at)
-        graph = comb(teacher, self.task.example_inputs())
-        self.folder.write(GROUPS, groups_figure(graph))
+        graph = self._comb(teacher)
         mentor = self._mentor(teacher, at)
         plan, small, optimizer = self.shape(mentor, graph, at)
         self.folder.write("plan.json", plan.to_json())
@@ -196,6 +195,16 @@ class Run:
         at.stage = stages[stages.index(at.stage) + 1]
         at.step, at.tensors, at.state = 0, {}, keep or {}
         self.checkpoint(at.stage, 0, tensors or {}, at.state)
+
+    def _comb(self, teacher: nn.Module) -> ChannelGraph:
+        """The groups, steered by the settings, and their drawing in the folder."""
+        c = self.config
+        graph = comb(
+            teacher, self.task.example_inputs(), c.listed("ignore"), granularity=c.granularity,
+            conv_groups=c.conv_groups, protect=c.listed("protect"),
+        ).freeze(*c.listed("freeze"))  # fmt: skip
+        self.folder.write(GROUPS, groups_figure(graph))
+        return graph
 
     def _mentor(self, teacher: nn.Module, at: Place) -> nn.Module:
         """Who teaches: the teacher, or its copy with pruned weights where the recipe has rounds."""
