@@ -22,8 +22,8 @@ def _range(default: Any, low: float, high: float, text: str, recipes: tuple[str,
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": text, "recipes": recipes})
 
 
-def _choice(default: str, choices: tuple[str, ...], text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"choices": choices, "help": text, "recipes": RECIPES})
+def _choice(default: str, choices: tuple[str, ...], text: str, recipes: tuple[str, ...] = RECIPES) -> Any:
+    return dataclasses.field(default=default, metadata={"choices": choices, "help": text, "recipes": recipes})
 
 
 def _names(text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -67,7 +67,10 @@ class CompressConfig:
     conv_groups: str = _choice(
         "channel", ("channel", "group"), "a channel of a grouped convolution: one of each conv group, or a conv group"
     )
-    num_probes: int = _range(1, 1, 10**4, "Rademacher probes a batch of the Hessian trace", (CPD,))
+    criterion: str = _choice(
+        "GateHessian", ("GateHessian", "HessianTrace", "GroupFisher", "Taylor"), "what channels are scored by", (CPD,)
+    )
+    num_probes: int = _range(1, 1, 10**4, "Rademacher probes a batch, of HessianTrace and GateHessian", (CPD,))
     score_batches: int = _range(4, 1, 10**5, "batches that each scoring looks at", (CPD,))
     tau: float = _range(1.0, 1e-3, 1e3, "temperature of the distillation loss", (CPD, EAGLEEYE))
     distill_weight: float = _range(

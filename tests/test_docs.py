@@ -42,7 +42,7 @@ def test_commands_exist(page):
 def test_every_block_says_what_it_is():
     for page in PAGES:
         kinds = {kind for kind, _ in BLOCK.findall(page.read_text())}
-        assert kinds <= {"python", "sh", "text"}, f"{page.name}: {kinds}"
+        assert kinds <= {"python", "sh", "text", "yaml"}, f"{page.name}: {kinds}"
 
 
 def test_links_lead_somewhere():

@@ -61,7 +61,7 @@ def render(results: Results, folder: str | os.PathLike[str] | None = None) -> st
         _section("Width of every layer", _legend(("before", "dense"), ("after", "kept")), _widths(r)),
         _section(
             "Scores of the channels",
-            "<p>Magnitude of the Hessian trace at the first scoring, logarithmic; further right is more important. "
+            "<p>Magnitude of the scores at the first scoring, logarithmic; further right is more important. "
             "Later scorings see the network as it is by then, so that the two colours overlap.</p>",
             _legend(("stay", "kept"), ("go", "gone")),
             f'<div class="grid">{"".join(_histogram(h) for h in r.histograms)}</div>',

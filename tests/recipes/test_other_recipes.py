@@ -92,7 +92,7 @@ def test_cpd_keeps_what_the_search_found(tiny, tmp_path, monkeypatch):
     widths = [{k: len(v) for k, v in p.items()} for p in (found[0], result.plan, plain.plan)]
     assert widths[0] == widths[1] != widths[2]
     assert found[0] != result.plan  # which channels these are, the masked training says
-    assert [r.split("(")[0] for r in ranked] == ["HessianTrace"]
+    assert [r.split("(")[0] for r in ranked] == ["GateHessian"]
 
 
 def test_a_search_goes_on_with_the_scores_it_began_with(tiny, tmp_path, monkeypatch):
