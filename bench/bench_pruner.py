@@ -69,7 +69,7 @@ def taylor(model, batch):
 
 
 def taylor_masked(model, batch):
-    """After the first removals, at about 0.7 of the MACs: scores accumulate under masks."""
+    """After the first removals, at about 0.56 of the MACs: scores accumulate under masks."""
     pruner = cpd.Pruner(model, batch[0][:1], cpd.Target(macs=0.5), cpd.Taylor(), ONCE)
     loop = Loop(model, batch, pruner)
     loop()
