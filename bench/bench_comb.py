@@ -93,7 +93,7 @@ def checked(name: str) -> tuple[nn.Module, torch.Tensor]:
     model, x = network(name)
     graph = comb(model, x)
     plan = random_plan(graph, keep=0.5)
-    with torch.no_grad(), masked(model, graph, plan) as m:
+    with torch.no_grad(), masked(model, graph, plan, execution="full_width") as m:
         torch.testing.assert_close(m(x), compact(model, graph, plan)(x), rtol=1e-3, atol=1e-4)
     return model, x
 

@@ -79,7 +79,7 @@ def ours(entry: dict) -> dict:
     plan = random_plan(graph, keep=0.5, generator=torch.Generator().manual_seed(0))
     small = compact(model, graph, plan)
     total_s = time.process_time() - start
-    with torch.no_grad(), masked(model, graph, plan) as m:
+    with torch.no_grad(), masked(model, graph, plan, execution="full_width") as m:
         error = relative_error(output(m(x)), output(small(x)))
     left = sum(p.numel() for p in small.parameters()) / total
     reasons: dict[str, int] = defaultdict(int)

@@ -76,7 +76,7 @@ def test_a_few_replays_mend_any_depth(depth, replays):
     plan = random_plan(graph, keep=0.5)
     small = compact(model, graph, plan)
     assert len(replays) <= 3
-    with torch.no_grad(), masked(model, graph, plan) as m:
+    with torch.no_grad(), masked(model, graph, plan, execution="full_width") as m:
         for block in model.blocks:
             block.cache.clear()
         assert relative_error(m(x), small(x)) < 1e-10
@@ -92,7 +92,7 @@ def test_equal_numbers_of_different_meaning():
     for block in model.blocks:
         block.cache.clear()
     small = compact(model, graph, plan)
-    with torch.no_grad(), masked(model, graph, plan) as m:
+    with torch.no_grad(), masked(model, graph, plan, execution="full_width") as m:
         for block in model.blocks:
             block.cache.clear()
         assert relative_error(m(x), small(x)) < 1e-10

@@ -65,7 +65,7 @@ def test_masked_equals_compacted_in_double_precision(make, shape):
         assert sum(p.numel() for p in getattr(small, head).parameters()) < 0.7 * sum(
             p.numel() for p in getattr(model, head).parameters()
         )
-    with torch.no_grad(), cpd.masked(model, graph, plan) as masked:
+    with torch.no_grad(), cpd.masked(model, graph, plan, execution="full_width") as masked:
         for ours, theirs in zip(as_list(small(x)), as_list(masked(x)), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
@@ -133,7 +133,7 @@ def test_full_size_compacts_exactly(make, heads):
     graph = cpd.comb(model, x)
     plan = cpd.random_plan(graph, keep=0.5)
     small = cpd.compact(model, graph, plan)
-    with torch.no_grad(), cpd.masked(model, graph, plan) as masked:
+    with torch.no_grad(), cpd.masked(model, graph, plan, execution="full_width") as masked:
         pairs = list(zip(as_list(small(x)), as_list(masked(x)), strict=True))
     assert len(pairs) == heads
     for ours, theirs in pairs:

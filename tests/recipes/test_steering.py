@@ -59,6 +59,8 @@ def test_whole_heads_and_conv_groups(tiny, tmp_path):
     assert small.conv.weight.shape[1] == 4 and small.conv.groups < 4
     assert small.proj.in_features in (4, 8) and small.qkv.out_features == 3 * small.proj.in_features
     assert small.qkv.in_features == small.head.in_features == 16  # what the last layer reads
+    kept = cpd.PrunePlan.from_json((tmp_path / "run" / "plan.json").read_text())
+    assert max(kept["qkv"]) < 4 and "qkv#2" not in kept  # four heads, not 16 dims of q and k and 16 of v
     again = cpd.load(tmp_path / "run" / "student.safetensors", Mixed().eval())
     x = torch.randn(2, 1, 16, 16)
     assert torch.equal(again(x), small(x))
