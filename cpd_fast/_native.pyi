@@ -20,6 +20,27 @@ def channel_kl(
     num_threads: int,
 ) -> None: ...
 def scale_rows(dtype: int, grad: int, dstudent: int, outer: int, reduce: int, inner: int, num_threads: int) -> None: ...
+def resized_kl(
+    dtype: int,
+    student: int,
+    teacher: int,
+    weight: int,
+    grad: int,
+    loss: int,
+    dstudent: int,
+    n: int,
+    c: int,
+    student_h: int,
+    student_w: int,
+    teacher_h: int,
+    teacher_w: int,
+    over_classes: bool,
+    align_corners: bool,
+    inv_temperature: float,
+    loss_scale: float,
+    grad_scale: float,
+    num_threads: int,
+) -> None: ...
 def rademacher(numbers: list[int], seed: int, probe: int, add: bool, alpha: float, num_threads: int) -> None: ...
 def hutchinson_reduce(
     entries: int,
@@ -74,4 +95,74 @@ def masked_depthwise_weight(
     lists: tuple[list[int], list[int], list[int]],
     sizes: list[int],
     num_threads: int,
+) -> None: ...
+
+# Only where has_cuda:
+def channel_kl_cuda(
+    dtype: int,
+    student: int,
+    teacher: int,
+    grad: int,
+    loss: int,
+    dstudent: int,
+    scratch: int,
+    outer: int,
+    reduce: int,
+    inner: int,
+    inv_temperature: float,
+    loss_scale: float,
+    grad_scale: float,
+    stream: int,
+) -> None: ...
+def channel_kl_cuda_scratch(dtype: int, outer: int, reduce: int, inner: int) -> int: ...
+def scale_rows_cuda(dtype: int, grad: int, dstudent: int, outer: int, reduce: int, inner: int, stream: int) -> None: ...
+def resized_kl_cuda(
+    dtype: int,
+    student: int,
+    teacher: int,
+    weight: int,
+    grad: int,
+    loss: int,
+    dstudent: int,
+    scratch: int,
+    n: int,
+    c: int,
+    student_h: int,
+    student_w: int,
+    teacher_h: int,
+    teacher_w: int,
+    over_classes: bool,
+    align_corners: bool,
+    inv_temperature: float,
+    loss_scale: float,
+    grad_scale: float,
+    stream: int,
+) -> None: ...
+def resized_kl_cuda_scratch(
+    dtype: int, n: int, c: int, student_h: int, student_w: int, teacher_h: int, teacher_w: int, over_classes: bool
+) -> int: ...
+def rademacher_cuda(numbers: list[int], seed: int, probe: int, add: bool, alpha: float, stream: int) -> None: ...
+def hutchinson_reduce_cuda(
+    table: list[int],
+    data: list[int],
+    has_signs: bool,
+    seed: int,
+    probe: int,
+    alpha: float,
+    out: int,
+    is_double: bool,
+    bad: int,
+    stream: int,
+) -> None: ...
+def channel_sums_cuda(
+    channel_starts: int,
+    cell_ids: int,
+    cell_starts: int,
+    index: int,
+    num_channels: int,
+    x: int,
+    scale: int,
+    out: int,
+    is_double: bool,
+    stream: int,
 ) -> None: ...

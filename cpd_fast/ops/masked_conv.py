@@ -8,7 +8,7 @@ each one grouped convolution, and groups without live channels are never touched
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,14 +41,14 @@ def _check_lists(op: str, keeps: dict[str, tuple[Keep, int]], x: Tensor, *tensor
             check_keep(op, name, keep, channels, x.device)
 
 
-def _choose(op: str, backend: str | None, why_not_cpu: str | None, *tensors: Tensor) -> str:
-    """Name the body that runs: cpu, compact or reference.
+def _choose(op: str, backend: str | None, why_not_cpu: Callable[[], str | None], *tensors: Tensor) -> str:
+    """Name the body that runs: cpu, compact or reference. Compilers trace this: they never come to ``why_not_cpu``.
 
     Raises:
         BackendError: If the one asked for does not exist or cannot run this call.
     """
     compact = _why_not_compact(*tensors)
-    reasons = {"cpu": compact or why_not_cpu, "compact": compact, "reference": None}
+    reasons = {"cpu": compact or why_not_cpu(), "compact": compact, "reference": None}
     if backend is None:
         return next(name for name, reason in reasons.items() if reason is None)
     if backend not in reasons:
@@ -141,7 +141,7 @@ def masked_conv2d(
             f"shape {tuple(x.shape)} with padding {geometry.padding}"
         )
     tensors = [t for t in (x, weight, bias) if t is not None]
-    chosen = _choose(op, backend, _depthwise.why_not(x, weight, bias, groups), *tensors)
+    chosen = _choose(op, backend, lambda: _depthwise.why_not(x, weight, bias, groups), *tensors)
     if chosen != "reference":
         outputs = kept(op, "out_keep", out_keep, weight.shape[0], x.device)
         inputs = kept(op, "in_keep", in_keep, in_channels, x.device)
@@ -219,7 +219,7 @@ def masked_linear(
         raise ShapeError(f"{op}: expected input (..., F) and weight of 2 dims, got {x.dim()} and {weight.dim()} dims")
     out_features, in_features = weight.shape
     tensors = [t for t in (x, weight, bias) if t is not None]
-    if _choose(op, backend, "is for depthwise convolutions", *tensors) == "reference":
+    if _choose(op, backend, lambda: "is for depthwise convolutions", *tensors) == "reference":
         _check_lists(op, {"out_keep": (out_keep, out_features), "in_keep": (in_keep, in_features)}, *tensors)
         x = widen(x, -1, in_keep, in_features) if compact_input else x
         check_input(op, x, weight, bias, in_features, None)

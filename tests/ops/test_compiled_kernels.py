@@ -35,6 +35,16 @@ def test_triton_kernels_compile_ahead_of_time(kernel, tmp_path):
     assert done.stdout.strip() == "compiled", done.stderr[-2000:]
 
 
+def test_the_stub_names_every_binding():
+    bound = set()
+    for source in (ROOT / "csrc").glob("bindings*.cpp"):
+        bound |= set(re.findall(r'm\.(?:def|attr)\(\s*"(\w+)"', source.read_text()))
+    stub = ast.parse((ROOT / "cpd_fast" / "_native.pyi").read_text())
+    named = {n.name for n in stub.body if isinstance(n, ast.FunctionDef)}
+    named |= {n.target.id for n in stub.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    assert named == bound
+
+
 def test_cuda_is_built_for_every_architecture():
     text = (ROOT / "CMakeLists.txt").read_text()
     built = re.search(r'set\(CPD_CUDA_ARCHS "([^"]+)"', text)
