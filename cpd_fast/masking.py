@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from cpd_fast.comb.meta import unwrap
 from cpd_fast.compact import Resizer, Structure
 from cpd_fast.prune import MaskedModel, MaskHandle
 from cpd_fast.types import ChannelGraph, PrunePlan
+from cpd_fast.wrappers import unwrap
 
 
 class _Structures:

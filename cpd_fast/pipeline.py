@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from cpd_fast.comb import comb as trace_groups
-from cpd_fast.comb.meta import collection_paused, unwrap
+from cpd_fast.comb.meta import collection_paused
 from cpd_fast.compact import rehearse
 from cpd_fast.errors import CompactError, TraceError
 from cpd_fast.schedule import plan_cost
 from cpd_fast.types import ChannelGraph, Cost, CoupledGroup, PrunePlan
+from cpd_fast.wrappers import unwrap
 
 
 @collection_paused()

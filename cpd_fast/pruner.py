@@ -13,8 +13,9 @@ from cpd_fast.errors import PlanError, ScoreError
 from cpd_fast.masking import attach_masks
 from cpd_fast.pipeline import comb
 from cpd_fast.schedule import Greedy, OneGroup, plan, plan_cost
-from cpd_fast.score import Context, Criterion, Taylor, quiet, unwrap
+from cpd_fast.score import Context, Criterion, Taylor, quiet
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
+from cpd_fast.wrappers import unwrap
 
 _STATE_VERSION = 2
 

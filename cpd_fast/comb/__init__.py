@@ -14,7 +14,7 @@ import cpd_fast.comb.rules  # noqa: F401  (fills the rule table)
 from cpd_fast.adapters import adapt, register_adapter
 from cpd_fast.comb.calls import register_rule
 from cpd_fast.comb.labels import LabelStore
-from cpd_fast.comb.meta import clone_to_meta, example_args, has_hooks, tensor_names, unwrap
+from cpd_fast.comb.meta import clone_to_meta, example_args, has_hooks, tensor_names
 from cpd_fast.comb.planes import Plane, State, freeze_dims
 from cpd_fast.comb.resolve import fingerprint, resolve
 from cpd_fast.comb.trace import Tracer, run_trace
@@ -22,6 +22,7 @@ from cpd_fast.comb.training import TrainingWatch
 from cpd_fast.comb.walk import named_tensors
 from cpd_fast.errors import CpdError, PlanError, TraceError
 from cpd_fast.types import ChannelGraph, CostTerm, NormSite, ScaleSite, TensorMap, TraceStep
+from cpd_fast.wrappers import unwrap
 
 __all__ = ["comb", "register_adapter", "register_rule"]
 

@@ -21,17 +21,6 @@ from cpd_fast.comb.walk import modules_of, named_tensors
 from cpd_fast.errors import TraceError
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside DataParallel, DistributedDataParallel and torch.compile wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 @contextmanager
 def collection_paused() -> Iterator[None]:
     """Garbage is collected afterwards.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd_fast.adapters import adapt
-from cpd_fast.comb.meta import clone_to_meta, collection_paused, copy_modules, unwrap
+from cpd_fast.comb.meta import clone_to_meta, collection_paused, copy_modules
 from cpd_fast.comb.walk import named_tensors
 from cpd_fast.compact.repair import repair, repair_known
 from cpd_fast.compact.replay import Replayer
@@ -17,6 +17,7 @@ from cpd_fast.compact.shrink import Cut, left_shape, make_cut
 from cpd_fast.compact.views import scale_calls
 from cpd_fast.errors import CompactError, PlanError
 from cpd_fast.types import ChannelGraph, PrunePlan, ScaleSite
+from cpd_fast.wrappers import unwrap
 
 _RowScale = tuple[Tensor, float]
 

@@ -14,7 +14,6 @@ import numpy as np
 from torch import nn
 
 from cpd_fast.adapters import adapt, adaptation
-from cpd_fast.comb.meta import unwrap
 from cpd_fast.compact.compact import Scale, cut_on_meta, fit_modules, kept_scales
 from cpd_fast.compact.repair import known_sizes, norm_lengths
 from cpd_fast.compact.shrink import Kept, what_is_left
@@ -22,6 +21,7 @@ from cpd_fast.compact.sizes import KNOWN
 from cpd_fast.compact.views import resized_class, scale_calls
 from cpd_fast.errors import CompactError
 from cpd_fast.types import ChannelGraph, PrunePlan
+from cpd_fast.wrappers import unwrap
 
 Attributes = dict[str, dict[str, Any]]  # module name -> attribute -> value; ``__class__`` is one of them
 _CLASS = "__class__"

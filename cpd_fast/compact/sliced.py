@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from cpd_fast.adapters import adapt
-from cpd_fast.comb.meta import unwrap
 from cpd_fast.compact.compact import _check_model, _copy_cut, cut_on_meta, drop_mask_hooks
 from cpd_fast.compact.repair import repair_known
 from cpd_fast.compact.replay import Replayer
 from cpd_fast.compact.shrink import make_cut
 from cpd_fast.types import ChannelGraph, PrunePlan
+from cpd_fast.wrappers import unwrap
 
 
 def can_slice(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> bool:

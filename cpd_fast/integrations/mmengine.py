@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import cpd_fast
 from cpd_fast.errors import ScoreError
 from cpd_fast.pruner import Pruner
-from cpd_fast.score import unwrap
 from cpd_fast.types import Target
+from cpd_fast.wrappers import unwrap
 
 try:
     from mmengine.hooks import Hook

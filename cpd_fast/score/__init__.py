@@ -4,7 +4,7 @@ from cpd_fast.score.criterion import Context, Criterion, quiet
 from cpd_fast.score.gates import GateHessian, GroupFisher
 from cpd_fast.score.gradients import Taylor
 from cpd_fast.score.hessian import HessianTrace
-from cpd_fast.score.score import merge_scores, score, unwrap
+from cpd_fast.score.score import merge_scores, score
 from cpd_fast.score.weights import BNScale, Magnitude, Random
 
 __all__ = [
@@ -20,5 +20,4 @@ __all__ = [
     "merge_scores",
     "quiet",
     "score",
-    "unwrap",
 ]

@@ -14,6 +14,7 @@ from cpd_fast.score._moments import Moments
 from cpd_fast.score.criterion import Context, Criterion, quiet
 from cpd_fast.score.hessian import HessianTrace
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores
+from cpd_fast.wrappers import unwrap
 
 
 def score(
@@ -156,14 +157,3 @@ def _callable_model(model: nn.Module, criterion: Criterion) -> nn.Module:
     if isinstance(criterion, HessianTrace) and criterion.engine == "finite_difference":
         return model
     return unwrap(model)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside compile and data-parallel wrappers (compiled graphs have no double backward)."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner

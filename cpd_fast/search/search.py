@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cpd_fast.comb.meta import unwrap
 from cpd_fast.errors import SearchError
 from cpd_fast.schedule import CandidateSpace
 from cpd_fast.score import Magnitude, score
@@ -23,6 +22,7 @@ from cpd_fast.search.result import Candidate, SearchResult, pareto_front
 from cpd_fast.search.study import Copy, Report, Study, check_value
 from cpd_fast.search.trials import RECORD, WORKER
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
+from cpd_fast.wrappers import unwrap
 
 DEFAULT_STORAGE = "cpd_search.sqlite3"
 

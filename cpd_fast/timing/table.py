@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from cpd_fast.comb.meta import unwrap
 from cpd_fast.compact import kept_shape
 from cpd_fast.errors import BackendError
 from cpd_fast.schedule import plan_cost
@@ -30,6 +29,7 @@ from cpd_fast.store import write_atomically
 from cpd_fast.timing.layers import Layer, layer_of, layer_timer
 from cpd_fast.timing.measure import latency
 from cpd_fast.types import ChannelGraph, PrunePlan
+from cpd_fast.wrappers import unwrap
 
 FORMAT, VERSION = "cpd_fast.latency", 1
 FRACTIONS = (1.0, 0.75, 0.5, 0.3, 0.15)  # of a layer's widths that are measured; in between: straight lines
