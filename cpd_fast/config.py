@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cpd_fast.errors import CpdError
+from cpd_fast.errors import CpdError, MemoryLimitError
+from cpd_fast.memory import parse_bytes
+from cpd_fast.presets import PRESETS
 
 
 class ConfigError(CpdError, ValueError):
@@ -29,6 +31,11 @@ def _choice(default: str, choices: tuple[str, ...], text: str, recipes: tuple[st
 def _names(text: str, choices: tuple[str, ...] = ()) -> Any:
     """Names in one text, separated by commas; lists of them are taken too."""
     return dataclasses.field(default="", metadata={"names": True, "choices": choices, "help": text, "recipes": RECIPES})
+
+
+def _memory(text: str) -> Any:
+    """A size in bytes as a text, or nothing."""
+    return dataclasses.field(default="", metadata={"memory": True, "help": text, "recipes": RECIPES})
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,16 @@ class CompressConfig:
     conv_groups: str = _choice(
         "channel", ("channel", "group"), "a channel of a grouped convolution: one of each conv group, or a conv group"
     )
+    preset: str = _choice(
+        "events", ("events", *PRESETS),
+        "how channels are removed; events: scored on a few batches, prune_events times; else a preset of cpd.Pruner, "
+        "which gathers importance over all prune_steps", (CPD,),
+    )  # fmt: skip
     criterion: str = _choice(
-        "GateHessian", ("GateHessian", "HessianTrace", "GroupFisher", "Taylor"), "what channels are scored by", (CPD,)
+        "GateHessian",
+        ("GateHessian", "HessianTrace", "GroupFisher", "Taylor"),
+        "what channels are scored by in events",
+        (CPD,),
     )
     num_probes: int = _range(1, 1, 10**4, "Rademacher probes a batch, of HessianTrace and GateHessian", (CPD,))
     score_batches: int = _range(4, 1, 10**5, "batches that each scoring looks at", (CPD,))
@@ -92,6 +107,9 @@ class CompressConfig:
     inherit: int = _range(
         0, 0, 1, "1: the student starts from the pruned teacher's weights; 0: from scratch", (PRUNE_THEN_DISTILL,)
     )
+    device: str = _choice("auto", ("auto", "cpu", "cuda"), "where it trains; auto: the GPU, where there is one")
+    precision: str = _choice("fp32", ("fp32", "fp16"), "of training; fp16: autocast with scaled losses")
+    memory_limit: str = _memory("most memory a training step may take, e.g. 10GiB; default: what a GPU has free")
     latency_runs: int = _range(1000, 1, 10**6, "timed forwards of each network")
     checkpoint_every: int = _range(20, 1, 10**6, "steps between checkpoints")
 
@@ -102,7 +120,8 @@ class CompressConfig:
             if f.metadata.get("names") and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
                 value = ",".join(value)
                 object.__setattr__(self, f.name, value)
-            fault = _text_fault(f, value) if "choices" in f.metadata else _number_fault(f, value)
+            text_fault = _memory_fault if "memory" in f.metadata else _text_fault
+            fault = text_fault(f, value) if isinstance(f.default, str) else _number_fault(f, value)
             if fault:
                 faults.append(f"{f.name}={value!r}: expected {fault}")
         if faults:
@@ -153,6 +172,16 @@ def _number_fault(f: dataclasses.Field[Any], value: Any) -> str | None:
     kinds = (int,) if isinstance(f.default, int) else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         return f"a {'whole number' if kinds == (int,) else 'number'} from {low:g} to {high:g}"
+    return None
+
+
+def _memory_fault(_f: dataclasses.Field[Any], value: Any) -> str | None:
+    """What was expected, where a value is no size."""
+    try:
+        if value != "":
+            parse_bytes(value)
+    except MemoryLimitError:
+        return "bytes, e.g. 10GiB"
     return None
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import cpd_fast as cpd
 from cpd_fast.recipes.evaluate import evaluate, reestimate_batch_norm
 from cpd_fast.recipes.tasks import builtin, default_config
-from cpd_fast.recipes.training import adamw, batch_of, one_cycle, stage_seed, train_step
+from cpd_fast.recipes.training import Machine, Trainer, adamw, batch_of, one_cycle, stage_seed
 
 SEEDS = (0, 1, 2)
 REMOVED = (0.3, 0.5, 0.7)
@@ -67,13 +67,16 @@ class Cells:
         if path.exists():
             model.load_state_dict(load_file(path))
             return model
-        optimizer = adamw(model, c.weight_decay)
-        for step in range(c.teacher_steps):
-            x, y = batch_of(self.task, c.batch_size, self.seed, "teacher", step)
-            lr = one_cycle(c.teacher_lr, step, c.teacher_steps)
-            train_step(model, optimizer, lr, stage_seed(self.seed, "teacher", step), lambda: self.loss_of(model(x), y))  # noqa: B023
+        self._train(model, "teacher", c.teacher_steps, c.teacher_lr)
         save_file(model.state_dict(), path)
         return model
+
+    def _train(self, model, stage, steps, peak):
+        c = self.config
+        trainer = Trainer(model, adamw(model, c.weight_decay), self.loss, Machine(), None)
+        for step in range(steps):
+            batch = batch_of(self.task, c.batch_size, self.seed, stage, step)
+            trainer.step(batch, one_cycle(peak, step, steps), stage_seed(self.seed, stage, step))
 
     def loss(self, model, batch):
         return self.loss_of(model(batch[0]), batch[1])
@@ -116,11 +119,7 @@ class Cells:
         c, data = self.config, self.task.data
         reestimate_batch_norm(model, data, c.batch_size, self.seed, NORM_BATCHES)
         before = evaluate(model, data, data.test).main
-        optimizer, steps = adamw(model, c.weight_decay), FINETUNE[self.task.name]
-        for step in range(steps):
-            x, y = batch_of(self.task, c.batch_size, self.seed, "finetune", step)
-            lr = one_cycle(c.student_lr, step, steps)
-            train_step(model, optimizer, lr, stage_seed(self.seed, "finetune", step), lambda: self.loss_of(model(x), y))  # noqa: B023
+        self._train(model, "finetune", FINETUNE[self.task.name], c.student_lr)
         after = evaluate(model, data, data.test).main
         return {"macs_left": macs, "compacted": before, "fine_tuned": after, "score_cpu_s": seconds}
 

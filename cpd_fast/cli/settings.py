@@ -14,10 +14,16 @@ def command() -> None:
     """List the settings of compress --set, with defaults and ranges."""
     out = Table("setting", "default", "range", "what it is", "recipes", box=None, pad_edge=False)
     for f in dataclasses.fields(CompressConfig):
-        limits = ", ".join(f.metadata["choices"]) if "choices" in f.metadata else ""
-        limits = f"{f.metadata['low']:g} to {f.metadata['high']:g}" if "low" in f.metadata else limits or "names"
-        out.add_row(f.name, str(f.default), limits, f.metadata["help"], _recipes(f))
+        out.add_row(f.name, str(f.default), _limits(f), f.metadata["help"], _recipes(f))
     Console(highlight=False).print(out)
+
+
+def _limits(field: dataclasses.Field[object]) -> str:
+    """Which values a setting may have."""
+    about = field.metadata
+    if "low" in about:
+        return f"{about['low']:g} to {about['high']:g}"
+    return "bytes" if "memory" in about else ", ".join(about["choices"]) or "names"
 
 
 def _recipes(field: dataclasses.Field[object]) -> str:

@@ -2,11 +2,12 @@
 
 from cpd_fast.memory.batches import BatchLoss, Closure, Part, Split, count_samples, first_part, parts_of, split_batch
 from cpd_fast.memory.tensors import RESERVE, PeakMemory, bytes_text, faked, parse_bytes, size_of
-from cpd_fast.memory.training import MemoryChoice, MemoryFit, blocks_of, checkpointed, fit_memory
+from cpd_fast.memory.training import HalfPrecision, MemoryChoice, MemoryFit, blocks_of, checkpointed, fit_memory
 
 __all__ = [
     "RESERVE",
     "BatchLoss",
+    "HalfPrecision",
     "MemoryChoice",
     "MemoryFit",
     "Closure",

@@ -21,7 +21,7 @@ from cpd_fast.recipes.prune_then_distill import PruneThenDistillRun
 from cpd_fast.recipes.run import Result, Run, run_recipe
 from cpd_fast.recipes.run_folder import CHOICE
 from cpd_fast.recipes.tasks import Task, builtin, default_config
-from cpd_fast.recipes.training import adamw, batch_of, train_step
+from cpd_fast.recipes.training import Machine, Trainer, adamw, batch_of
 from cpd_fast.types import Target
 
 RUNS: dict[str, type[Run]] = {
@@ -153,7 +153,9 @@ def auto(
         choice = _made(folder, minutes)
     else:
         config = default_config(loaded.name, **settings)
-        seconds = seconds_a_step(loaded, config.batch_size)
+        seconds = seconds_a_step(
+            loaded, config.batch_size, Machine.of(config.device, config.precision, config.memory_limit)
+        )
         choice = choose(
             TRAINING_SHARE * 60 * minutes / seconds, config.teacher_steps, config.batch_size, len(loaded.data.val),
             config.calibration_batches, config.rounds,
@@ -185,15 +187,16 @@ def _made(folder: Path, minutes: float) -> Choice:
     )
 
 
-def seconds_a_step(task: Task, batch_size: int, steps: int = 3) -> float:
+def seconds_a_step(task: Task, batch_size: int, machine: Machine, steps: int = 3) -> float:
     """Wall time of one training step of the dense network, the least of a few."""
     torch.manual_seed(0)
-    model: nn.Module = task.build()
-    optimizer, loss_of = adamw(model, 0.0), task.loss()
+    model: nn.Module = task.build().to(machine.device)
+    loss_of = task.loss()
+    batches = [machine.place(batch_of(task, batch_size, 0, "teacher", step)) for step in range(steps)]
+    trainer = Trainer(model, adamw(model, 0.0), lambda m, b: loss_of(m(b[0]), b[1]), machine, batches[0])
     taken = []
-    for step in range(steps):
+    for batch in batches:
         began = time.perf_counter()
-        x, y = batch_of(task, batch_size, 0, "teacher", step)
-        train_step(model, optimizer, 0.0, 0, lambda x=x, y=y: loss_of(model(x), y))  # type: ignore[misc]
+        trainer.step(batch, 0.0, 0)  # reads the loss: a GPU is waited for
         taken.append(time.perf_counter() - began)
     return min(taken)

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +26,14 @@ from torch.optim import Optimizer
 
 from cpd_fast.compact import compact
 from cpd_fast.masking import attach_masks
+from cpd_fast.recipes.in_loop import prune_in_loop
 from cpd_fast.recipes.outcome import training_note
 from cpd_fast.recipes.progress import Talk
 from cpd_fast.recipes.ranking import best_plan, search_note
 from cpd_fast.recipes.rounds import pruned_note
 from cpd_fast.recipes.run import Place, Result, Run, run_recipe
 from cpd_fast.recipes.tasks import Task
-from cpd_fast.recipes.training import adamw, batch_of, restore_training_state, stage_seed, train_step, training_state
+from cpd_fast.recipes.training import adamw, batch_of, stage_seed, training_state
 from cpd_fast.schedule import plan as make_plan
 from cpd_fast.schedule import plan_cost
 from cpd_fast.score import Criterion, GateHessian, GroupFisher, HessianTrace, Taylor, score
@@ -131,18 +134,43 @@ class CpdRun(Run):
     def _prune(
         self, teacher: nn.Module, student: nn.Module, optimizer: Optimizer, graph: ChannelGraph, at: Place
     ) -> tuple[PrunePlan, nn.Module, Optimizer]:
-        """Score and mask in a few events, with distillation in between; then remove the channels for good."""
+        """Mask with distillation, a preset's way or in a few events; then remove the channels for good."""
         c = self.config
-        plan = PrunePlan.from_json(at.state["plan"]) if "plan" in at.state else PrunePlan({}, graph.fingerprint)
+        found = {k: v for k, v in at.state.items() if k == "found"}
+        least = _widths(graph, PrunePlan.from_json(found["found"])) if found else c.min_channels
+        if c.preset != "events":
+            most = 1.0 if found else c.max_pruning_ratio
+            limits = {"round_to": c.round_to, "max_pruning_ratio": most, "min_channels": least}
+            plan, small = prune_in_loop(
+                self, teacher, student, optimizer, graph, at, limits, lambda scores: self._write_scores(SCORES, scores)
+            )
+        else:
+            plan, small = self._prune_in_events(teacher, student, optimizer, graph, at, found, least)
+        self.go_on(at, training_state(small, optimizer), {"plan": plan.to_json()})
+        return plan, small, optimizer
+
+    def _prune_in_events(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        optimizer: Optimizer,
+        graph: ChannelGraph,
+        at: Place,
+        found: dict[str, Any],
+        least: float | dict[str, float],
+    ) -> tuple[PrunePlan, nn.Module]:
+        """Score on a few batches and mask, ``prune_events`` times."""
+        c = self.config
+        plan = PrunePlan({}, graph.fingerprint)
         handle = attach_masks(student, graph, plan)
-        if at.step:
-            restore_training_state(student, optimizer, at.tensors)
+        trainer = self.trainer("prune", student, optimizer, self.distil_loss(), teacher)  # chosen at full width
+        if "plan" in at.state:
+            plan = PrunePlan.from_json(at.state["plan"])
+            handle.update(plan)
+        trainer.restore(at.tensors)
         event_at = {c.prune_steps * k // c.prune_events: k for k in range(c.prune_events)}
         dense = plan_cost(graph, None).macs
-        distil = self.distil_loss(teacher, student)
-        found = {k: v for k, v in at.state.items() if k == "found"}
         keep = {**found, "plan": plan.to_json()}
-        least = _widths(graph, PrunePlan.from_json(found["found"])) if found else c.min_channels
 
         def one(step: int) -> float:
             nonlocal plan
@@ -152,15 +180,12 @@ class CpdRun(Run):
                 handle.update(plan)
                 keep["plan"] = plan.to_json()
                 self.events.append((step, plan_cost(graph, plan).macs / dense))
-            batch = batch_of(self.task, c.batch_size, c.seed, "prune", step)
             lr = c.student_lr * min(1.0, (step + 1) / (0.2 * c.prune_steps))
-            return train_step(student, optimizer, lr, stage_seed(c.seed, "prune", step), lambda: distil(*batch))
+            return trainer.step(self.batch("prune", step), lr, stage_seed(c.seed, "prune", step))
 
-        self.loop("prune", "Prune and distil", at.step, c.prune_steps, one, student, optimizer, keep)
+        self.loop("prune", "Prune and distil", at.step, c.prune_steps, one, trainer, keep)
         handle.remove()
-        small = compact(student, graph, plan, optimizer=optimizer)
-        self.go_on(at, training_state(small, optimizer), {"plan": plan.to_json()})
-        return plan, small, optimizer
+        return plan, compact(student, graph, plan, optimizer=optimizer)
 
     def _event(
         self,
@@ -181,17 +206,20 @@ class CpdRun(Run):
 
     def _score(self, model: nn.Module, graph: ChannelGraph, stage: str, step: int, before: PrunePlan | None) -> Scores:
         """Scores by the configured criterion on a few training batches."""
-        c, loss_of = self.config, self.task.loss()
-        seed = stage_seed(c.seed, stage, step)
-        batches = [batch_of(self.task, c.batch_size, seed % 2**31, stage, i) for i in range(c.score_batches)]
+        c, seed = self.config, stage_seed(self.config.seed, stage, step)
+        draw = partial(batch_of, self.task, c.batch_size, seed % 2**31, stage)
         model.eval()
         with self.talk.bar(f"  score by {c.criterion}", c.score_batches) as bar:
 
-            def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-                bar.advance()
-                return loss_of(model(batch[0]), batch[1])
+            def batches() -> Iterator[tuple[Tensor, Tensor]]:
+                for i in range(c.score_batches):
+                    yield self.machine.place(draw(i))
+                    bar.advance()
 
-            return score(model, graph, batches, loss, criterion=self._criterion(seed), plan=before)
+            limit, criterion = c.memory_limit or None, self._criterion(seed)
+            return score(
+                model, graph, batches(), self.task_loss(), criterion=criterion, plan=before, memory_limit=limit
+            )
 
     def _criterion(self, seed: int) -> Criterion:
         """What channels are scored by; ``bench/experiments/recipe_criteria.py`` compares them."""

@@ -15,7 +15,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -94,7 +93,7 @@ class EagleEyeRun(Run):
         small = compact(copy.deepcopy(mentor), graph, plan)
         optimizer = adamw(small, self.config.weight_decay)
         if is_new:
-            adapt_batch_norm(small, materialise(calibration(self), graph, torch.device("cpu")))
+            adapt_batch_norm(small, materialise(calibration(self), graph, self.machine.device))
             self.go_on(at, training_state(small, optimizer), {"plan": plan.to_json()})
         return plan, small, optimizer
 

@@ -24,10 +24,12 @@ def version(package: str) -> str | None:
 def environment() -> dict[str, str]:
     """What a number was measured with: versions, device, threads."""
     found = {name: v for name in PACKAGES if (v := version(name))}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "python": platform.python_version(),
         **found,
         "system": f"{platform.system()} {platform.machine()}",
         "device": f"{cpu_name()}, {os.cpu_count()} cores",
+        **gpu,
         "threads": str(torch.get_num_threads()),
     }

@@ -30,14 +30,20 @@ class Quality:
         return self.accuracy if self.miou is None else self.miou
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 @torch.no_grad()
 def predict(model: nn.Module, data: DataSplits, images: Tensor, batch: int = 64) -> Tensor:
     """Predicted classes, uint8, shape of the labels; in eval mode, left in the mode it was in."""
-    mode = model.training
+    mode, device = model.training, device_of(model)
     model.eval()
     try:
         parts = [
-            model(data.normalise(images[i : i + batch])).argmax(1).to(torch.uint8) for i in range(0, len(images), batch)
+            model(data.normalise(images[i : i + batch].to(device))).argmax(1).to("cpu", torch.uint8)
+            for i in range(0, len(images), batch)
         ]
     finally:
         model.train(mode)
@@ -70,7 +76,7 @@ def reestimate_batch_norm(model: nn.Module, data: DataSplits, batch_size: int, s
         m.momentum = None  # cumulative average
     model.train()
     for step in range(batches):
-        model(augmented_batch(data, batch_size, seed, step)[0])
+        model(augmented_batch(data, batch_size, seed, step)[0].to(device_of(model)))
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
     model.train(mode)

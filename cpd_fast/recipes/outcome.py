@@ -45,10 +45,12 @@ def finish(
     seconds: dict[str, float],
     command: str,
     remarks: tuple[str, ...],
+    device: torch.device,
 ) -> Results:
     """Evaluate on the test split, export, time, and write ``results.json`` and ``report.html``.
 
-    ``remarks`` say how the two networks were trained.
+    ``remarks`` say how the two networks were trained. Latency is that of ``device``; the networks are on the CPU
+    afterwards.
     """
     data, names, notes = task.data, ("teacher", "student"), []
     networks = dict(zip(names, (teacher, student), strict=True))
@@ -59,15 +61,25 @@ def finish(
         quality = {n: evaluate(m, data, data.test) for n, m in networks.items()}
         bar.advance(1, "export ONNX")
         try:
-            errors = {n: _export(m, task, folder, n) for n, m in networks.items()}
-            bar.advance(1, "latency")
-            files = [folder.path / f"{n}.onnx" for n in names]
-            timed = compare_latency(files, task.example_inputs(), "onnxruntime", *limits)
+            errors = {n: _export(m.cpu(), task, folder, n) for n, m in networks.items()}
             notes.append(f"ONNX Runtime equals PyTorch to {max(errors.values()):.1e} of the largest output.")
         except BackendError as e:
-            notes.append(f"No ONNX files, and latency in eager PyTorch: {e}")
-            bar.advance(1, "latency")
-            timed = compare_latency([teacher, student], task.example_inputs(), "eager", *limits)
+            errors = {}
+            notes.append(f"No ONNX files: {e}")
+        bar.advance(1, "latency")
+        timed = None
+        if errors:
+            files = [folder.path / f"{n}.onnx" for n in names]
+            backend = "onnxruntime" if device.type == "cpu" else "onnxruntime-cuda"
+            try:
+                timed = compare_latency(files, task.example_inputs(), backend, *limits)
+            except BackendError as e:
+                notes.append(f"Latency in eager PyTorch: {e}")
+        if timed is None:
+            timed = compare_latency(
+                [m.to(device) for m in networks.values()], task.example_inputs().to(device), "eager", *limits
+            )
+        teacher, student = teacher.cpu(), student.cpu()
         latency = dict(zip(names, timed, strict=True))
         bar.advance(1, "pictures and report")
         results = Results(
@@ -85,7 +97,7 @@ def finish(
             steps=tuple(events),
             tiles=write_tiles(folder, teacher, student, data),
             latency={
-                "backend": "ONNX Runtime" if timed[0].backend == "onnxruntime" else "eager PyTorch",
+                "backend": "ONNX Runtime" if timed[0].backend.startswith("onnxruntime") else "eager PyTorch",
                 "threads": timed[0].threads,
                 "runs": timed[0].runs,
                 "left_out": sum(t.left_out for t in timed),

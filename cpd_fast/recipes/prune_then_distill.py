@@ -121,7 +121,7 @@ class PruneThenDistillRun(Run):
             small = compact(copy.deepcopy(pruned), graph, plan)
         else:
             torch.manual_seed(stage_seed(self.config.seed, "finetune"))
-            small = compact(self.task.build(), graph, plan)
+            small = compact(self.task.build().to(self.machine.device), graph, plan)
             for module in small.modules():
                 reset = getattr(module, "reset_parameters", None)
                 if callable(reset):
@@ -133,16 +133,17 @@ class PruneThenDistillRun(Run):
         c = self.config
         return super().finetune_lr(step) if c.inherit else one_cycle(c.teacher_lr, step, c.finetune_steps)
 
-    def distil_loss(self, teacher: nn.Module, student: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    def distil_loss(self) -> Callable[[nn.Module, nn.Module, tuple[Tensor, Tensor]], Tensor]:
         """``alpha * T^2 KL(teacher || student) + (1 - alpha) * the task's own``."""
         c, loss_of = self.config, self.task.loss()
         imitate = LogitKL(temperature=c.kd_temperature, loss_weight=c.alpha)
 
-        def loss(x: Tensor, y: Tensor) -> Tensor:
+        def loss(student: nn.Module, teacher: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            x, y = batch
             with torch.no_grad():
                 wanted = teacher(x)
             logits = student(x)
-            return imitate(logits, wanted) + (1 - c.alpha) * loss_of(logits, y)
+            return imitate(logits, wanted.to(logits.dtype)) + (1 - c.alpha) * loss_of(logits, y)
 
         return loss
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from cpd_fast.data import Split
 from cpd_fast.recipes.evaluate import evaluate
-from cpd_fast.recipes.training import batch_of
 from cpd_fast.search import search
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
 
@@ -22,8 +21,7 @@ STUDY = "search.sqlite3"
 
 def calibration(run: Run) -> list[Tensor]:
     """Batches of adaptive batch norm, the same for all candidates."""
-    c = run.config
-    return [batch_of(run.task, c.batch_size, c.seed, "search", i)[0] for i in range(c.calibration_batches)]
+    return [run.batch("search", i)[0] for i in range(run.config.calibration_batches)]
 
 
 @torch.no_grad()

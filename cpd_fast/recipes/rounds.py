@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cpd_fast.prune import WeightMasks
-from cpd_fast.recipes.training import adamw, batch_of, one_cycle, restore_training_state, stage_seed, train_step
+from cpd_fast.recipes.training import adamw, one_cycle, stage_seed
 
 if TYPE_CHECKING:
     from cpd_fast.recipes.run import Place, Run
@@ -20,11 +20,12 @@ MASK, FRACTION = "mask.", 0.2
 
 def prune_in_rounds(run: Run, pruned: nn.Module, at: Place) -> None:
     """Prune and train the copy of the teacher, in place, and write it with the weights that each tensor has left."""
-    c, loss_of = run.config, run.task.loss()
+    c = run.config
     masks = WeightMasks(pruned)
     optimizer: Optimizer = adamw(pruned, c.weight_decay)
+    trainer = run.trainer("rounds", pruned, optimizer, run.task_loss())
     if at.step:
-        restore_training_state(pruned, optimizer, at.tensors)
+        trainer.restore(at.tensors)
         masks.load_state_dict({k.removeprefix(MASK): v for k, v in at.tensors.items() if k.startswith(MASK)})
     masks.attach(optimizer)
 
@@ -33,15 +34,14 @@ def prune_in_rounds(run: Run, pruned: nn.Module, at: Place) -> None:
         if since == 0:
             masks.prune(FRACTION)
             optimizer.state.clear()
-        x, y = batch_of(run.task, c.batch_size, c.seed, "rounds", step)
         lr = one_cycle(c.teacher_lr, since, c.round_steps)
-        return train_step(pruned, optimizer, lr, stage_seed(c.seed, "rounds", step), lambda: loss_of(pruned(x), y))
+        return trainer.step(run.batch("rounds", step), lr, stage_seed(c.seed, "rounds", step))
 
     def mask_tensors() -> dict[str, Tensor]:
         return {f"{MASK}{k}": v.to(torch.uint8) for k, v in masks.state_dict().items()}
 
     steps = c.rounds * c.round_steps
-    run.loop("rounds", "Prune the teacher", at.step, steps, one, pruned, optimizer, {}, mask_tensors)
+    run.loop("rounds", "Prune the teacher", at.step, steps, one, trainer, {}, mask_tensors)
     masks.remove()
     run.write_tensors(PRUNED, pruned.state_dict(), {"nonzeros": masks.nonzeros()})
 

@@ -28,17 +28,7 @@ from cpd_fast.recipes.progress import StopRequest, Talk
 from cpd_fast.recipes.rounds import PRUNED, prune_in_rounds
 from cpd_fast.recipes.run_folder import CHOICE, RunFolder
 from cpd_fast.recipes.tasks import Task, builtin, default_config
-from cpd_fast.recipes.training import (
-    adamw,
-    advance_bar,
-    batch_of,
-    listen,
-    one_cycle,
-    restore_training_state,
-    stage_seed,
-    train_step,
-    training_state,
-)
+from cpd_fast.recipes.training import Machine, Trainer, adamw, advance_bar, batch_of, listen, one_cycle, stage_seed
 from cpd_fast.report import GROUPS, Results, groups_figure
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
 
@@ -145,6 +135,10 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     quality: list[tuple[str, int, float, float]] = field(default_factory=list)
     why: str = ""  # it was chosen
+    machine: Machine = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.machine = Machine.of(self.config.device, self.config.precision, self.config.memory_limit)
 
     @classmethod
     def defaults(cls, config: CompressConfig, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +170,7 @@ class Run:
     def go(self) -> Result:
         """All stages."""
         torch.manual_seed(stage_seed(self.config.seed, "teacher"))
-        teacher = self.task.build()
+        teacher = self.task.build().to(self.machine.device)
         at = self._resume()
         self._teacher(teacher, at)
         graph = self._comb(teacher)
@@ -224,19 +218,16 @@ class Run:
             teacher.load_state_dict(self.read_tensors(TEACHER)[0])
             teacher.eval()
             return
-        c, loss_of = self.config, self.task.loss()
-        optimizer = adamw(teacher, c.weight_decay)
-        if at.step:
-            restore_training_state(teacher, optimizer, at.tensors)
+        c = self.config
+        if c.teacher_steps:
+            trainer = self.trainer("teacher", teacher, adamw(teacher, c.weight_decay), self.task_loss())
+            trainer.restore(at.tensors)
 
-        def one(step: int) -> float:
-            x, y = batch_of(self.task, c.batch_size, c.seed, "teacher", step)
-            lr = one_cycle(c.teacher_lr, step, c.teacher_steps)
-            return train_step(
-                teacher, optimizer, lr, stage_seed(c.seed, "teacher", step), lambda: loss_of(teacher(x), y)
-            )
+            def one(step: int) -> float:
+                lr = one_cycle(c.teacher_lr, step, c.teacher_steps)
+                return trainer.step(self.batch("teacher", step), lr, stage_seed(c.seed, "teacher", step))
 
-        self.loop("teacher", "Train the teacher", at.step, c.teacher_steps, one, teacher, optimizer, {})
+            self.loop("teacher", "Train the teacher", at.step, c.teacher_steps, one, trainer, {})
         self.write_tensors(TEACHER, teacher.state_dict(), {})
         teacher.eval()
         self.go_on(at)
@@ -244,17 +235,15 @@ class Run:
     def _finetune(self, teacher: nn.Module, small: nn.Module, optimizer: Optimizer, plan: PrunePlan, at: Place) -> None:
         """Train the compacted network with distillation, in place."""
         c = self.config
-        if at.tensors:
-            restore_training_state(small, optimizer, at.tensors)
-        distil = self.distil_loss(teacher, small)
+        trainer = self.trainer("finetune", small, optimizer, self.distil_loss(), teacher)
+        trainer.restore(at.tensors)
 
         def one(step: int) -> float:
-            batch = batch_of(self.task, c.batch_size, c.seed, "finetune", step)
             seed = stage_seed(c.seed, "finetune", step)
-            return train_step(small, optimizer, self.finetune_lr(step), seed, lambda: distil(*batch))
+            return trainer.step(self.batch("finetune", step), self.finetune_lr(step), seed)
 
         keep = {"plan": plan.to_json()}
-        self.loop("finetune", "Fine-tune and distil", at.step, c.finetune_steps, one, small, optimizer, keep)
+        self.loop("finetune", "Fine-tune and distil", at.step, c.finetune_steps, one, trainer, keep)
 
     def _batch_norm(self, small: nn.Module) -> None:
         """Re-estimate batch norm statistics; keep them if the val split says so."""
@@ -283,13 +272,33 @@ class Run:
             results = finish(
                 self.task, self.config, self.folder, self.talk, graph, plan, teacher.eval(), small,
                 self.scores(graph), self.curve, self.events, self.quality, self.seconds, self.command, remarks,
+                self.machine.device,
             )  # fmt: skip
             self.checkpoint("done", 0, {}, {"plan": plan.to_json()})
         return Result(self.folder.path, plan, teacher, small, results, self.folder.path / "report.html")
 
     # --------------------------------------------------------------------------------------------------------- parts
-    def distil_loss(self, teacher: nn.Module, student: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-        """``loss(x, y)`` of the student: the task's own plus imitation of the teacher."""
+    def batch(self, stage: str, step: int) -> tuple[Tensor, Tensor]:
+        """Augmented training batch of one step, on the device."""
+        return self.machine.place(batch_of(self.task, self.config.batch_size, self.config.seed, stage, step))
+
+    def trainer(
+        self, stage: str, model: nn.Module, optimizer: Optimizer, loss: Callable[..., Tensor],
+        teacher: nn.Module | None = None,
+    ) -> Trainer:  # fmt: skip
+        """What trains a model in a stage; says how it stays within the memory limit."""
+        trainer = Trainer(model, optimizer, loss, self.machine, self.batch(stage, 0), teacher)
+        if trainer.choice is not None:
+            self.talk.say(f"Memory, {stage}: {trainer.choice}")
+        return trainer
+
+    def task_loss(self) -> Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]:
+        """``loss(model, batch)``, the task's own."""
+        loss_of = self.task.loss()
+        return lambda model, batch: loss_of(model(batch[0]), batch[1])
+
+    def distil_loss(self) -> Callable[[nn.Module, nn.Module, tuple[Tensor, Tensor]], Tensor]:
+        """``loss(student, teacher, batch)``: the task's own plus imitation of the teacher."""
         c, loss_of, at = self.config, self.task.loss(), self.task.distill_at
         imitate: nn.Module
         if self.task.data.is_segmentation:
@@ -297,12 +306,13 @@ class Run:
         else:
             imitate = LogitKL(temperature=c.tau, loss_weight=c.distill_weight)
 
-        def loss(x: Tensor, y: Tensor) -> Tensor:
+        def loss(student: nn.Module, teacher: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            x, y = batch
             with torch.no_grad(), listen(teacher, at) as wanted:
                 teacher(x)
             with listen(student, at) as heard:
                 logits = student(x)
-            return loss_of(logits, y) + imitate(heard[-1], wanted[-1])
+            return loss_of(logits, y) + imitate(heard[-1], wanted[-1].to(heard[-1].dtype))
 
         return loss
 
@@ -313,8 +323,7 @@ class Run:
         start: int,
         steps: int,
         one: Callable[[int], float],
-        model: nn.Module,
-        optimizer: Optimizer,
+        trainer: Trainer,
         keep: dict[str, Any],
         extra: Callable[[], dict[str, Tensor]] = dict,
     ) -> None:
@@ -341,9 +350,9 @@ class Run:
                 self.seconds[stage] = round(spent + time.monotonic() - began, 2)
                 is_due = (step + 1) % self.config.checkpoint_every == 0 and step + 1 < steps
                 if is_due or step + 1 == steps:
-                    self._look(stage, step + 1, model)
+                    self._look(stage, step + 1, trainer.model)
                 if is_due or self.stop.asked:
-                    self.checkpoint(stage, step + 1, {**training_state(model, optimizer), **extra()}, keep)
+                    self.checkpoint(stage, step + 1, {**trainer.state(), **extra()}, keep)
                 if self.stop.asked:
                     raise KeyboardInterrupt
 

@@ -13,7 +13,7 @@ import torch
 from cpd_fast import recipes
 from cpd_fast.config import ConfigError
 from cpd_fast.errors import DataError, PlanError, RunFolderError, TrainingError
-from cpd_fast.recipes import comb_prune_distill, evaluate, run
+from cpd_fast.recipes import comb_prune_distill, evaluate, run, training
 from cpd_fast.report import Results
 from cpd_fast.types import PrunePlan
 
@@ -98,7 +98,7 @@ def same_outcome(folder, uninterrupted):
 
 
 def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_resume(tiny, tmp_path, monkeypatch, capsys):
-    step_of = comb_prune_distill.train_step
+    step_of = training.Trainer.step
 
     def interrupted(*args):
         loss = step_of(*args)
@@ -108,13 +108,11 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_resume(tiny, tmp_path, monkey
         return loss
 
     calls = []
-    for module in (run, comb_prune_distill):
-        monkeypatch.setattr(module, "train_step", interrupted)
+    monkeypatch.setattr(training.Trainer, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         recipes.cpd(tiny.classification(), run_dir=tmp_path, **tiny.SETTINGS)
     assert "run the same command again to continue" in " ".join(capsys.readouterr().err.split())
-    for module in (run, comb_prune_distill):
-        monkeypatch.setattr(module, "train_step", step_of)
+    monkeypatch.setattr(training.Trainer, "step", step_of)
     with recipes.RunFolder(tmp_path, {"recipe": "cpd", "task": "brightness", **settings_of(tmp_path)}) as folder:
         stage, step, _, _ = folder.load_checkpoint()
     assert (stage, step) == ("prune", 3)
