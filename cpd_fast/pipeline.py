@@ -76,7 +76,8 @@ def comb(
     failed: set[str] = set()
     while graph.prunable_groups:
         try:
-            rehearse(model, graph, _uneven_plan(graph))
+            if rehearse(model, graph, _uneven_plan(graph)):  # the way to the sizes depended on the plan
+                rehearse(model, graph, _even_plan(graph))
             break
         except CompactError as e:
             dashed = _dashed(graph.hopes, unwrap(model), e.module or "")
@@ -117,6 +118,12 @@ def _uneven_plan(graph: ChannelGraph) -> PrunePlan:
         keep = share.setdefault(group.tie or group.name, 0.45 + 0.4 * ((n * 0.618) % 1))
         kept[group.name] = sorted(int(c) for b in group.blocks for c in b[: max(1, int(len(b) * keep))])
     return PrunePlan(kept, graph.fingerprint)
+
+
+def _even_plan(graph: ChannelGraph) -> PrunePlan:
+    """A plan that keeps half of every block: sizes that were equal stay so."""
+    kept = {g.name: [int(c) for b in g.blocks for c in b[: max(1, len(b) // 2)]] for g in graph.prunable_groups}
+    return PrunePlan({name: sorted(channels) for name, channels in kept.items()}, graph.fingerprint)
 
 
 def _freeze_around(graph: ChannelGraph, model: nn.Module, module: str, widely: bool) -> ChannelGraph:

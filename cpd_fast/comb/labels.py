@@ -119,11 +119,14 @@ class LabelCheck(LabelStore):
     """The store of a replay: labels are channel ids already (-1: unknown), a union must find them equal.
 
     With ``heads`` an array of one label may be the dims of the only head that is left: it says nothing of positions.
+    Nor do channels that are ``alone`` in their block (the only dim left of every head), bool by channel: once a dim of
+    size 1 is all that is left of the dims of a head, they pass for the heads.
     """
 
-    def __init__(self, heads: bool = False) -> None:
+    def __init__(self, heads: bool = False, alone: np.ndarray | None = None) -> None:
         super().__init__()
         self._heads = heads
+        self._alone = np.zeros(1, bool) if alone is None else alone
 
     def new(self, n: int) -> np.ndarray:
         """Nothing is known of labels made during a replay."""
@@ -143,8 +146,12 @@ class LabelCheck(LabelStore):
         differ = a != b
         if not differ.any():
             return True
-        one = self._heads and any(x.size > 1 and (x == x.flat[0]).all() for x in (a, b))
-        return one or not (differ & (a >= 0) & (b >= 0)).any()
+        if self._heads and any(x.size > 1 and (x == x.flat[0]).all() for x in (a, b)):
+            return True
+        differ = differ & (a >= 0) & (b >= 0)
+        if not differ.any():
+            return True
+        return bool(self._alone.any() and (self._alone[a].all() or self._alone[b].all()))
 
     def freeze(self, labels: np.ndarray, reason: str) -> None:
         """Nothing to record."""

@@ -142,18 +142,33 @@ _INERT = {*_ATOMIC, *_MAPPINGS, set, tuple, list, types.ModuleType, Tensor, nn.P
 
 
 def clear_caches(model: nn.Module) -> None:
-    """Empty the ``lru_cache`` of functions in reach of a model: a trace may neither read nor leave tensors there."""
+    """Empty the ``lru_cache`` of functions in reach of a model: a trace may neither read nor leave tensors there.
+
+    In reach is what its modules and their classes hold, what the files of the classes name, and what the files of the
+    functions named there do, within the same packages.
+    """
     modules = modules_of(model)
     classes = {
         kind for own in {type(m) for m in modules} for kind in own.__mro__ if not kind.__module__.startswith("torch.")
     }
+    files = {kind.__module__ for kind in classes}
+    packages = {name.partition(".")[0] for name in files}
     spaces = [vars(m) for m in modules] + [vars(kind) for kind in classes]
-    spaces += [vars(sys.modules[name]) for name in {kind.__module__ for kind in classes} if name in sys.modules]
-    for space in spaces:
+    spaces += [vars(sys.modules[name]) for name in files if name in sys.modules]
+    for space in spaces:  # grows
         for value in list(space.values()):
             kind = type(value)
-            if kind in _INERT or (kind is types.FunctionType and value.__closure__ is None):
+            if kind in _INERT:
                 continue
+            if kind in (staticmethod, classmethod):
+                value = value.__func__
+            if type(value) is types.FunctionType:
+                file = value.__module__
+                if file not in files and str(file).partition(".")[0] in packages and file in sys.modules:
+                    files.add(file)
+                    spaces.append(vars(sys.modules[file]))
+                if value.__closure__ is None:
+                    continue
             held = [c.cell_contents for c in getattr(value, "__closure__", None) or () if c != _EMPTY]  # decorators
             for found in (value, *held):
                 if isinstance(found, functools._lru_cache_wrapper):

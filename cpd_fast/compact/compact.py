@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from cpd_fast.adapters import adapt
 from cpd_fast.comb.meta import clone_to_meta, collection_paused, copy_modules
-from cpd_fast.comb.walk import named_tensors
+from cpd_fast.comb.walk import modules_of, named_tensors
 from cpd_fast.compact.repair import repair, repair_known
 from cpd_fast.compact.replay import Replayer
 from cpd_fast.compact.shrink import Cut, left_shape, make_cut
-from cpd_fast.compact.views import scale_calls
+from cpd_fast.compact.views import Resized, scale_calls
 from cpd_fast.errors import CompactError, PlanError
 from cpd_fast.types import ChannelGraph, PrunePlan, ScaleSite
 from cpd_fast.wrappers import unwrap
@@ -101,15 +101,20 @@ def compact(
     return small
 
 
-def rehearse(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> None:
+def rehearse(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> bool:
     """Compaction without weights (meta device): can the forward follow this plan?
+
+    Returns:
+        Whether sizes had to be put into calls, because attributes did not help.
 
     Raises:
         CompactError: If it cannot; ``module`` names where.
     """
     model = unwrap(model)
     alive = graph.alive(plan)
-    fit_modules(cut_on_meta(model, graph, alive), graph, plan, kept_scales(graph.scale_sites, alive)[0])
+    small = cut_on_meta(model, graph, alive)
+    fit_modules(small, graph, plan, kept_scales(graph.scale_sites, alive)[0])
+    return any(isinstance(m, Resized) and m.resized_calls for m in modules_of(small))
 
 
 def cut_on_meta(model: nn.Module, graph: ChannelGraph, alive: np.ndarray) -> nn.Module:

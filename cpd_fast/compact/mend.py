@@ -110,25 +110,42 @@ class _Mender:
             except Exception as e:
                 error = e
         if tracer.module == name and name not in self._replayer.resizable:
-            return self._resize(module, again, tracer, error)
+            return self._resize(name, module, again, tracer, error)
         raise error
 
-    def _resize(self, module: nn.Module, again: Callable[[], Any], tracer: ReplayTracer, error: Exception) -> Any:
-        """Put right sizes into the calls of this class: its attributes do not help."""
+    def _resize(
+        self, name: str, module: nn.Module, again: Callable[[], Any], tracer: ReplayTracer, error: Exception
+    ) -> Any:
+        """Put right sizes into the calls of this class: its attributes alone do not help.
+
+        Then also with the attributes as they were: an edited one may be what moved a scale (1/sqrt(head size)).
+        """
         before = set(self._replayer.resizable)
-        self._replayer.resizable |= {n for n, m in self._copies.items() if type(m) is type(module)}
+        alike = [n for n, m in self._copies.items() if type(m) is type(module)]
+        edited = {n: self._sizes.edited(n, self._copies[n]) for n in alike if n == name or n not in self._passed}
+        self._replayer.resizable.update(alike)
         reached = tracer.done
-        try:
-            out = again()
-        except Exception as e:
-            if tracer.done <= reached:
-                self._replayer.resizable.clear()
-                self._replayer.resizable |= before
-                raise error from e
+        for undo in (False, True) if edited[name] else (False,):
+            if undo:
+                for n, pairs in edited.items():
+                    self._set(n, tuple(original for _, original in pairs))
+            try:
+                out = again()
+            except Exception as e:
+                last = e
+                if tracer.done > reached:
+                    break
+            else:
+                self.changed = True
+                return out
+        if tracer.done > reached:
             self.changed = True
-            raise
-        self.changed = True
-        return out
+            raise last
+        for n, pairs in edited.items():
+            self._set(n, tuple(edit for edit, _ in pairs))
+        self._replayer.resizable.clear()
+        self._replayer.resizable.update(before)
+        raise error from last
 
     def _try(
         self, name: str, module: nn.Module, again: Callable[[], Any], tracer: ReplayTracer

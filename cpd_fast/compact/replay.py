@@ -51,13 +51,14 @@ class Replayer:
         self.resizable: set[str] = set()  # modules in whose calls sizes may be put right
         self._expected = [(s, *left.of(s.shape, s.maps)) for s in graph.steps]
         self.steps = len(self._expected)
+        self._alone = _alone(graph, alive)
 
     def run(self, prepare: Callable[[nn.Module, ReplayTracer], None] | None = None) -> Replay:
         """One label-checked forward on meta tensors, in eval mode; ``prepare`` gets the copy that will run."""
         clone = clone_to_meta(self._model, hooks=self._graph.needs_hooks).eval()
         adapt(clone)
         ids, _ = tensor_names(clone)
-        check = LabelCheck(self._graph.heads)
+        check = LabelCheck(self._graph.heads, self._alone)
         tracer = ReplayTracer(check, ids, dict(self._planes), self._graph.heads)
         tracer.check = check
         tracer.on_unknown, tracer.transparent, tracer.expected = "freeze", self._transparent, self._expected
@@ -193,6 +194,16 @@ class ReplayTracer(Tracer):
         old, new = differ[0]
         factor = new / old if op.startswith("aten.div") else old / new
         self.scales += [(name, rows, factor) for name, rows in wanted.rows]
+
+
+def _alone(graph: ChannelGraph, alive: np.ndarray) -> np.ndarray:
+    """Which channels are the only ones left of their blocks, bool like ``alive``."""
+    alone = np.zeros_like(alive)
+    for g in graph.groups:
+        own = slice(g.offset, g.offset + g.n_channels)
+        if g.balance is not None and np.count_nonzero(alive[own]) == g.balance.max() + 1:
+            alone[own] = True
+    return alone
 
 
 class Left:

@@ -105,6 +105,11 @@ class Sizes:
                     if old in original:
                         yield Edit(name, type(original)([new if v == old else v for v in original]), roles)
 
+    def edited(self, path: str, module: nn.Module) -> list[tuple[Edit, Edit]]:
+        """The edits that gave attributes of a module what they hold, and those that take it back."""
+        held = [(a, vars(module)[a], v) for (p, a), v in self._originals.items() if p == path]
+        return [(Edit(a, now, frozenset()), Edit(a, was, frozenset())) for a, now, was in held if now != was]
+
 
 def holds_sizes(value: Any) -> bool:
     """An integer, or a tuple or list of them."""

@@ -1,6 +1,7 @@
 """Attributes are mended where a module fails: few replays, stale caches forgotten, wrong guesses taken back."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cpd_fast import comb, compact, masked, random_plan
 from tests.nets import relative_error
 
 replay = importlib.import_module("cpd_fast.compact.replay")
+mend = importlib.import_module("cpd_fast.compact.mend")
 
 
 class Attention(nn.Module):
@@ -107,3 +109,64 @@ def test_the_model_itself_is_left_alone():
     for name, m in model.named_modules():
         assert vars(m).keys() == before[name].keys()
         assert all(vars(m)[k] is v for k, v in before[name].items())
+
+
+class ScaledByAnAttribute(nn.Module):
+    """The attribute that a view needs is also the one whose root the scores are divided by."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.head_size = heads, width // heads
+        self.query, self.key, self.value, self.proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        n, t, c = x.shape
+        q, k, v = (
+            f(x).view(n, t, self.heads, self.head_size).transpose(1, 2) for f in (self.query, self.key, self.value)
+        )
+        scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_size)
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, t, c))
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.3, 0.9, 0.05])
+def test_a_scale_that_follows_an_attribute_keeps_it(keep):
+    """Whether the residual width and the heads' shrink alike (evenly) or not decides how far each edit gets."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 48), *(ScaledByAnAttribute(48, 3) for _ in range(2)), nn.Linear(48, 2))
+    model, x = model.double().eval(), torch.randn(2, 7, 5).double()
+    graph = comb(model, x)
+    assert sum(g.balance is not None for g in graph.prunable_groups) == 4  # q with k, and v, of two blocks
+    small = compact(model, graph, plan := random_plan(graph, keep=keep))
+    with torch.no_grad(), masked(model, graph, plan, execution="full_width") as m:
+        assert relative_error(m(x), small(x)) < 1e-10
+    assert small[1].query.out_features == 3 * max(1, round(16 * keep))
+    assert isinstance(small[1], ScaledByAnAttribute) and small[1].head_size == 16
+
+
+def test_a_plan_that_shrinks_everything_alike_is_rehearsed_where_calls_are_resized(monkeypatch):
+    """What comb accepts must compact, evenly too: where only the even rehearsal fails, groups are frozen."""
+    resize = mend._Mender._resize
+
+    def in_uneven_plans(self, name, module, again, tracer, error):
+        kept = {len(c) for c in self._sizes._plan.values()}
+        if kept == {24}:
+            raise error
+        return resize(self, name, module, again, tracer, error)
+
+    monkeypatch.setattr(mend._Mender, "_resize", in_uneven_plans)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 48), ScaledByAnAttribute(48, 3), nn.Linear(48, 2)), torch.randn(2, 7, 5)
+    graph = comb(model, x)
+    assert {g.reason for g in graph.groups if g.balance is not None} == {"1 holds a size that could not be repaired"}
+
+
+def test_the_only_dim_left_of_every_head_passes_for_the_head():
+    """The biases of the heads stay; v's one dim a head then lies along the dim that they run over."""
+    model, x = build(1)
+    graph = comb(model, x)
+    small = compact(model, graph, plan := random_plan(graph, keep=0.05))
+    assert small.blocks[0].qkv.out_features == 3 * 3
+    model.blocks[0].cache.clear()
+    with torch.no_grad(), masked(model, graph, plan, execution="full_width") as m:
+        model.blocks[0].cache.clear()
+        assert relative_error(m(x), small(x)) < 1e-10

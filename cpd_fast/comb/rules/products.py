@@ -248,8 +248,6 @@ def attention(t: Tracer, call: Call) -> State:
     swapped = [*range(k.dim() - 2), k.dim() - 1, k.dim() - 2]
     shape_k = tuple(shape_k[d] for d in swapped)
     state = _contract(t, t.state(q), tuple(q.shape), permute(state_k, swapped), shape_k, scores, q)
-    if t.replay and q.shape[-1] == 1:  # one dim a head left: its label would pass for the head's
-        state = State()
     if mask is not None:
         state = meet(t.store, [state, t.state(mask)], [scores, tuple(mask.shape)], scores, t.heads)
     return _contract(t, state, scores, state_v, shape_v, tuple(call.out.shape))
