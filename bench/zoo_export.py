@@ -114,6 +114,16 @@ def write_page(rows: dict[str, dict[str, Any]]) -> None:
     PAGE.write_text(PAGE.read_text().split(MARK)[0] + "\n".join(lines) + "\n")
 
 
+def _families_first(names: dict[str, dict[str, Any]], done: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The same networks, one of every family that has no result in front."""
+    known = {names[n]["family"] for n in done if n in names}
+    first: dict[str, str] = {}
+    for name, entry in names.items():
+        if entry["family"] not in known:
+            first.setdefault(entry["family"], name)
+    return {n: names[n] for n in (*first.values(), *(n for n in names if n not in first.values()))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", help="names of networks")
@@ -129,7 +139,7 @@ def main() -> None:
         print(json.dumps(measure(names[args.worker])))
         return
     rows: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name, entry in names.items():
+    for name, entry in _families_first(names, rows).items():
         if args.page or (args.only and entry["name"] not in args.only) or (name in rows and not args.again):
             continue
         rows[name] = in_process(name)

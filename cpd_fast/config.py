@@ -11,6 +11,7 @@ from typing import Any
 from cpd_fast.errors import CpdError, MemoryLimitError
 from cpd_fast.memory import parse_bytes
 from cpd_fast.presets import PRESETS
+from cpd_fast.types import Target
 
 
 class ConfigError(CpdError, ValueError):
@@ -20,12 +21,19 @@ class ConfigError(CpdError, ValueError):
 CPD, EAGLEEYE, PRUNE_THEN_DISTILL = RECIPES = ("cpd", "eagleeye", "prune_then_distill")
 
 
+TARGETS = ("target_macs", "target_params", "target_memory", "target_latency_ms")
+
+
 def _range(default: Any, low: float, high: float, text: str, recipes: tuple[str, ...] = RECIPES) -> Any:
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": text, "recipes": recipes})
 
 
-def _choice(default: str, choices: tuple[str, ...], text: str, recipes: tuple[str, ...] = RECIPES) -> Any:
-    return dataclasses.field(default=default, metadata={"choices": choices, "help": text, "recipes": recipes})
+def _choice(
+    default: str, choices: tuple[str, ...], text: str, recipes: tuple[str, ...] = RECIPES, before: str | None = None
+) -> Any:
+    """``before``: what runs did before there was a choice, where it is not the default."""
+    known = {"choices": choices, "help": text, "recipes": recipes, "before": before or default}
+    return dataclasses.field(default=default, metadata=known)
 
 
 def _names(text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -50,7 +58,14 @@ class CompressConfig:
         10
     """
 
-    target_macs: float = _range(0.5, 1e-3, 1.0, "fraction of the multiply-accumulates that remains")
+    target_macs: float = _range(
+        0.5, 1e-3, 1.0, "fraction of the multiply-accumulates that remains; 1 where another target is given alone"
+    )
+    target_params: float = _range(1.0, 1e-3, 1.0, "fraction of the parameters that remains; 1: no limit")
+    target_memory: float = _range(1.0, 1e-3, 1.0, "fraction of the activation memory that remains; 1: no limit")
+    target_latency_ms: float = _range(
+        1.0, 1e-3, 1e6, "latency of one picture: a fraction of the original's, or milliseconds above 1; 1: no limit"
+    )
     seed: int = _range(0, 0, 2**31 - 1, "seed of initialisation, batches and probes")
     batch_size: int = _range(16, 1, 65536, "images a step")
     teacher_steps: int = _range(200, 0, 10**7, "steps of training before pruning; 0: the model is trained already")
@@ -80,11 +95,9 @@ class CompressConfig:
         "which gathers importance over all prune_steps", (CPD,),
     )  # fmt: skip
     criterion: str = _choice(
-        "GateHessian",
-        ("GateHessian", "HessianTrace", "GroupFisher", "Taylor"),
-        "what channels are scored by in events",
-        (CPD,),
-    )
+        "GateHessian", ("GateHessian", "HessianTrace", "GroupFisher", "Taylor"),
+        "what channels are scored by in events", (CPD,), before="HessianTrace",
+    )  # fmt: skip
     num_probes: int = _range(1, 1, 10**4, "Rademacher probes a batch, of HessianTrace and GateHessian", (CPD,))
     score_batches: int = _range(4, 1, 10**5, "batches that each scoring looks at", (CPD,))
     tau: float = _range(1.0, 1e-3, 1e3, "temperature of the distillation loss", (CPD, EAGLEEYE))
@@ -110,6 +123,12 @@ class CompressConfig:
     device: str = _choice("auto", ("auto", "cpu", "cuda"), "where it trains; auto: the GPU, where there is one")
     precision: str = _choice("fp32", ("fp32", "fp16"), "of training; fp16: autocast with scaled losses")
     memory_limit: str = _memory("most memory a training step may take, e.g. 10GiB; default: what a GPU has free")
+    latency_backend: str = _choice(
+        "auto", ("auto", "onnxruntime", "eager"),
+        "what latency is measured in; auto: ONNX Runtime, on the GPU of training unless the target limits latency",
+    )  # fmt: skip
+    # with more threads, those that wait for each other on a busy machine are what is measured
+    latency_threads: int = _range(1, 1, 1024, "CPU threads that latency is measured with")
     latency_runs: int = _range(1000, 1, 10**6, "timed forwards of each network")
     checkpoint_every: int = _range(20, 1, 10**6, "steps between checkpoints")
 
@@ -126,6 +145,16 @@ class CompressConfig:
                 faults.append(f"{f.name}={value!r}: expected {fault}")
         if faults:
             raise ConfigError("; ".join(faults))
+
+    def target(self) -> Target:
+        """What may remain: the limits that are set.
+
+        Example:
+            >>> CompressConfig(target_macs=1.0, target_latency_ms=0.6).target().given
+            {'latency_ms': 0.6}
+        """
+        limits = {name.removeprefix("target_"): getattr(self, name) for name in TARGETS}
+        return Target(**({k: v for k, v in limits.items() if v != 1} or {"macs": 1.0}))
 
     def listed(self, name: str) -> tuple[str, ...]:
         """The names in a setting that holds several.
@@ -160,6 +189,16 @@ class CompressConfig:
     def of_recipe(self, recipe: str) -> dict[str, Any]:
         """Names and values of the settings that a recipe reads."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if recipe in f.metadata["recipes"]}
+
+
+def before_choice() -> dict[str, Any]:
+    """What a run folder without a setting was made with: what runs did before the setting existed.
+
+    Example:
+        >>> before_choice()["latency_threads"]
+        1
+    """
+    return {f.name: f.metadata.get("before", f.default) for f in dataclasses.fields(CompressConfig)}
 
 
 def _split(text: str) -> tuple[str, ...]:

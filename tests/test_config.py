@@ -19,7 +19,9 @@ def test_target_must_be_a_fraction(value):
 
 
 def test_unknown_settings_are_errors_with_a_hint():
-    with pytest.raises(ConfigError, match=r"tua: no such setting, did you mean tau\?.*settings: target_macs, seed"):
+    with pytest.raises(
+        ConfigError, match=r"tua: no such setting, did you mean tau\?.*settings: target_macs, target_params"
+    ):
         CompressConfig.from_dict({"tua": 2})
 
 

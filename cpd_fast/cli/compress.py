@@ -12,7 +12,7 @@ import typer
 
 from cpd_fast.cli.recipe import FIRST, WHAT, check_recipe, read_recipe, settings_fields, to_yaml
 from cpd_fast.cli.shared import as_json, show_results
-from cpd_fast.config import ConfigError
+from cpd_fast.config import TARGETS, ConfigError
 from cpd_fast.errors import RunFolderError
 
 WHAT_PANEL, FIRST_PANEL, MORE_PANEL = "What is compressed", "How", "How, in detail (each has a default for the task)"
@@ -107,7 +107,8 @@ def run(
     settings = {**defaults, **settings}
     config = default_config(task.name, **settings)
     name = task.name if recipe == "cpd" else f"{task.name}-{recipe}"
-    folder = what["run_dir"] or Path("runs") / f"{name}-macs{config.target_macs:g}-seed{config.seed}"
+    limits = "-".join(f"{limit.removesuffix('_ms')}{value:g}" for limit, value in config.target().given.items())
+    folder = what["run_dir"] or Path("runs") / f"{name}-{limits}-seed{config.seed}"
     if dry_run:
         print(to_yaml({**what, "run_dir": folder}, config.as_dict()), end="")
         return
@@ -115,10 +116,10 @@ def run(
         from cpd_fast.report.tensorboard import check_installed
 
         check_installed()
-    known = {k: v for k, v in settings.items() if k != "target_macs"}
+    known = {k: v for k, v in settings.items() if k not in TARGETS}
     result = getattr(recipes, recipe)(
         task,
-        target=config.target_macs,
+        target=config.target(),
         run_dir=folder,
         command=" ".join(["cpd-fast", *sys.argv[1:]]),
         **({} if minutes is None else {"minutes": minutes}),
@@ -157,9 +158,7 @@ def _with_flags(function: Callable[..., None]) -> Callable[..., None]:
         low, high = field.metadata.get("low"), field.metadata.get("high")
         limits = "" if low is None else f" ({low:g} to {high:g})"
         panel = FIRST_PANEL if name in FIRST else MORE_PANEL
-        default = (
-            f"{field.default}; the task may have another" if name not in ("target_macs", "seed") else field.default
-        )
+        default = field.default if name == "seed" or name in TARGETS else f"{field.default}; the task may have another"
         flags.append(_flag(name, type(field.default), f"{field.metadata.get('help', '')}{limits}", str(default), panel))
     parameters = [p for p in own.values() if p.kind is not inspect.Parameter.VAR_KEYWORD] + flags
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

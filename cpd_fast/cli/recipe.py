@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpd_fast.config import RECIPES as PAPERS
-from cpd_fast.config import CompressConfig, ConfigError
+from cpd_fast.config import TARGETS, CompressConfig, ConfigError
 
 RECIPES = (*PAPERS, "auto")
 WHAT: dict[str, tuple[Any, Any, str]] = {
@@ -21,9 +21,9 @@ WHAT: dict[str, tuple[Any, Any, str]] = {
     "data_dir": (Path, None, "folder of fashion-mnist's files, where Debian's package is not installed"),
     "layout": (str, "auto", "of a folder: auto, image-folder, segmentation, ade20k or cityscapes"),
     "size": (int, None, "side of the square pictures; default: the model's, or 224"),
-    "run_dir": (Path, None, "run folder; default runs/DATA-macsTARGET-seedSEED"),
+    "run_dir": (Path, None, "run folder; default runs/DATA-TARGET-seedSEED"),
 }
-FIRST = ("target_macs", "seed", "teacher_steps", "prune_steps", "finetune_steps", "batch_size")  # in --help
+FIRST = (*TARGETS, "seed", "teacher_steps", "prune_steps", "finetune_steps", "batch_size")  # in --help
 
 
 def settings_fields() -> dict[str, dataclasses.Field[Any]]:

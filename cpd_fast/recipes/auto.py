@@ -121,7 +121,7 @@ def auto(
     Args:
         task: ``"climate"``, ``"fashion-mnist"`` or a :class:`Task` of your own.
         minutes: Wall time that training may take, about.
-        target: Fraction of the MACs that remains, or a ``Target(macs=...)``.
+        target: Fraction of the MACs that remains, or a ``Target`` of fractions and of a latency, which is measured.
         run_dir: Folder of the run: created, or resumed.
         data_dir: Folder of the data, for tasks that can be read from one.
         command: What the report names as the command that repeats the run.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,10 +33,11 @@ from cpd_fast.recipes.progress import Talk
 from cpd_fast.recipes.ranking import best_plan, search_note
 from cpd_fast.recipes.rounds import pruned_note
 from cpd_fast.recipes.run import Place, Result, Run, run_recipe
+from cpd_fast.recipes.target import latency_table, measured_plan
 from cpd_fast.recipes.tasks import Task
 from cpd_fast.recipes.training import adamw, batch_of, stage_seed, training_state
+from cpd_fast.schedule import Greedy, plan_cost
 from cpd_fast.schedule import plan as make_plan
-from cpd_fast.schedule import plan_cost
 from cpd_fast.score import Criterion, GateHessian, GroupFisher, HessianTrace, Taylor, score
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
 
@@ -59,7 +61,7 @@ def cpd(
 
     Args:
         task: ``"climate"``, ``"fashion-mnist"`` or a :class:`Task` of your own.
-        target: Fraction of the MACs that remains, or a ``Target(macs=...)``.
+        target: Fraction of the MACs that remains, or a ``Target`` of fractions and of a latency, which is measured.
         run_dir: Folder of the run: created, or resumed if it was made with the same settings.
         data_dir: Folder of the data, for tasks that can be read from one.
         command: What the report names as the command that repeats the run.
@@ -137,15 +139,15 @@ class CpdRun(Run):
         """Mask with distillation, a preset's way or in a few events; then remove the channels for good."""
         c = self.config
         found = {k: v for k, v in at.state.items() if k == "found"}
-        least = _widths(graph, PrunePlan.from_json(found["found"])) if found else c.min_channels
         if c.preset != "events":
+            least = _widths(graph, PrunePlan.from_json(found["found"])) if found else c.min_channels
             most = 1.0 if found else c.max_pruning_ratio
             limits = {"round_to": c.round_to, "max_pruning_ratio": most, "min_channels": least}
             plan, small = prune_in_loop(
                 self, teacher, student, optimizer, graph, at, limits, lambda scores: self._write_scores(SCORES, scores)
             )
         else:
-            plan, small = self._prune_in_events(teacher, student, optimizer, graph, at, found, least)
+            plan, small = self._prune_in_events(teacher, student, optimizer, graph, at, found)
         self.go_on(at, training_state(small, optimizer), {"plan": plan.to_json()})
         return plan, small, optimizer
 
@@ -157,7 +159,6 @@ class CpdRun(Run):
         graph: ChannelGraph,
         at: Place,
         found: dict[str, Any],
-        least: float | dict[str, float],
     ) -> tuple[PrunePlan, nn.Module]:
         """Score on a few batches and mask, ``prune_events`` times."""
         c = self.config
@@ -171,12 +172,12 @@ class CpdRun(Run):
         event_at = {c.prune_steps * k // c.prune_events: k for k in range(c.prune_events)}
         dense = plan_cost(graph, None).macs
         keep = {**found, "plan": plan.to_json()}
+        widths = PrunePlan.from_json(found["found"]) if found else None
 
         def one(step: int) -> float:
             nonlocal plan
             if step in event_at:
-                share = (event_at[step] + 1) / c.prune_events
-                plan = self._event(student, graph, step, plan, 1 - (1 - c.target_macs) * share, least)
+                plan = self._event(teacher, student, graph, step, event_at[step] + 1, plan, widths)
                 handle.update(plan)
                 keep["plan"] = plan.to_json()
                 self.events.append((step, plan_cost(graph, plan).macs / dense))
@@ -189,20 +190,38 @@ class CpdRun(Run):
 
     def _event(
         self,
+        teacher: nn.Module,
         student: nn.Module,
         graph: ChannelGraph,
         step: int,
+        number: int,
         before: PrunePlan,
-        macs: float,
-        least: float | dict[str, float],
+        found: PrunePlan | None,
     ) -> PrunePlan:
-        """Score the masked student and remove channels until ``macs`` (a share) remains; ``least`` a group stay."""
-        c = self.config
+        """Score the masked student and remove channels, on a straight line to the target.
+
+        No group gets narrower than in ``found``. The latency of the last plan is measured, where the target
+        limits it; that of ``found`` was.
+        """
+        c, target, table = self.config, self.config.target(), latency_table(self, teacher, graph)
         scores = self._score(student, graph, "prune", step, before)
         if step == 0:  # later scores know nothing of what is gone by then; the report shows the first
             self._write_scores(SCORES, scores)
-        most = c.max_pruning_ratio if isinstance(least, float | int) else 1.0
-        return make_plan(graph, scores, Target(macs=macs), c.round_to, most, least, start=before, per_cost="macs")
+        least = c.min_channels if found is None else _widths(graph, found)
+        most = c.max_pruning_ratio if found is None else 1.0
+        per_cost = next((n for n in ("macs", "params", "memory") if n in target.given), "macs")
+
+        def plan_of(limits: Target) -> PrunePlan:
+            return make_plan(
+                graph, scores, limits, c.round_to, most, least, start=before, per_cost=per_cost, latency=table
+            )
+
+        if found is None and number == c.prune_events:
+            return measured_plan(self, teacher, graph, plan_of, "prune")
+        if found is not None and table is not None:
+            target = replace(target, latency_ms=min(table(found) / table(None), 1.0))
+        dense = {} if table is None else {"latency_ms": table.dense_ms}
+        return plan_of(Greedy(steps=c.prune_events, ramp="linear").target(number, target, dense))
 
     def _score(self, model: nn.Module, graph: ChannelGraph, stage: str, step: int, before: PrunePlan | None) -> Scores:
         """Scores by the configured criterion on a few training batches."""

@@ -46,7 +46,7 @@ def eagleeye(
 
     Args:
         task: ``"climate"``, ``"fashion-mnist"`` or a :class:`Task` of your own.
-        target: Fraction of the MACs that remains, or a ``Target(macs=...)``.
+        target: Fraction of the MACs that remains, or a ``Target`` of fractions and of a latency, which is measured.
         run_dir: Folder of the run: created, or resumed if it was made with the same settings.
         data_dir: Folder of the data, for tasks that can be read from one.
         command: What the report names as the command that repeats the run.

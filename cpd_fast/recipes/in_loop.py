@@ -54,7 +54,7 @@ def prune_in_loop(
         PlanError: If the target does not hold after all steps.
         TrainingError: If the criterion's own forwards would not keep to the memory limit.
     """
-    c, target = run.config, Target(macs=run.config.target_macs)
+    c, target = run.config, run.config.target()
     if c.preset == "published" and run.machine.is_limited:
         raise TrainingError(
             "preset=published: its Hessian probes run on whole batches inside the loop, whatever the memory limit; "
@@ -94,7 +94,7 @@ def prune_in_loop(
         left = run.events[-1][1] if run.events else 1.0
         raise PlanError(
             f"preset={c.preset}: after {len(run.events)} removals in prune_steps={c.prune_steps} steps {left:.0%} of "
-            f"the MACs remain, {c.target_macs:.0%} were asked for; raise prune_steps"
+            f"the MACs remain, {target} was asked for; raise prune_steps"
         )
     small = pruner.compact(optimizer)
     pruner.remove()

@@ -17,6 +17,7 @@ from cpd_fast.recipes.evaluate import Quality, evaluate
 from cpd_fast.recipes.pictures import write_tiles
 from cpd_fast.recipes.progress import Talk
 from cpd_fast.recipes.run_folder import RunFolder
+from cpd_fast.recipes.target import latency_notes
 from cpd_fast.recipes.tasks import Task
 from cpd_fast.report import Histogram, Results, Side, write_report
 from cpd_fast.schedule import plan_cost
@@ -26,7 +27,6 @@ from cpd_fast.types import ChannelGraph, Cost, PrunePlan, Scores
 MIB = 2**20
 BINS = 32
 LATENCY_SECONDS = 15.0  # a network; slow machines time fewer runs, and the report says how many
-LATENCY_THREADS = 1  # with more, threads that wait for each other on a busy machine are what is measured
 
 
 def finish(
@@ -49,13 +49,14 @@ def finish(
 ) -> Results:
     """Evaluate on the test split, export, time, and write ``results.json`` and ``report.html``.
 
-    ``remarks`` say how the two networks were trained. Latency is that of ``device``; the networks are on the CPU
-    afterwards.
+    ``remarks`` say how the two networks were trained. Latency is that of ``device``, or of the CPU where it was planned
+    for; the networks are on the CPU afterwards.
     """
+    device = device if config.target().latency_ms is None else torch.device("cpu")
     data, names, notes = task.data, ("teacher", "student"), []
     networks = dict(zip(names, (teacher, student), strict=True))
     costs = dict(zip(names, (plan_cost(graph, None), plan_cost(graph, plan)), strict=True))
-    limits = (config.latency_runs, LATENCY_THREADS, LATENCY_SECONDS)
+    limits = (config.latency_runs, config.latency_threads, LATENCY_SECONDS)
     with talk.bar("Measure and export", 4) as bar:
         bar.advance(0, "test split")
         quality = {n: evaluate(m, data, data.test) for n, m in networks.items()}
@@ -68,7 +69,7 @@ def finish(
             notes.append(f"No ONNX files: {e}")
         bar.advance(1, "latency")
         timed = None
-        if errors:
+        if errors and config.latency_backend != "eager":
             files = [folder.path / f"{n}.onnx" for n in names]
             backend = "onnxruntime" if device.type == "cpu" else "onnxruntime-cuda"
             try:
@@ -81,6 +82,7 @@ def finish(
             )
         teacher, student = teacher.cpu(), student.cpu()
         latency = dict(zip(names, timed, strict=True))
+        notes += latency_notes(config.target(), *timed)
         bar.advance(1, "pictures and report")
         results = Results(
             task=task.name,

@@ -24,9 +24,10 @@ from cpd_fast.distill import LogitKL
 from cpd_fast.recipes.progress import Talk
 from cpd_fast.recipes.rounds import FRACTION, PRUNED
 from cpd_fast.recipes.run import Place, Result, Run, run_recipe
+from cpd_fast.recipes.target import latency_table, measured_plan, proportional
 from cpd_fast.recipes.tasks import Task
 from cpd_fast.recipes.training import adamw, one_cycle, stage_seed, training_state
-from cpd_fast.schedule import CandidateSpace, match_plan, plan_cost
+from cpd_fast.schedule import holds, match_plan, plan_cost
 from cpd_fast.score import Magnitude, score
 from cpd_fast.types import ChannelGraph, PrunePlan, Target
 
@@ -49,7 +50,8 @@ def prune_then_distill(
 
     Args:
         task: ``"climate"``, ``"fashion-mnist"`` or a :class:`Task` of your own.
-        target: Fraction of the MACs that may remain at most, or a ``Target(macs=...)``.
+        target: Fraction of the MACs that may remain at most, or a ``Target`` of fractions and of a latency, which
+            is measured.
         run_dir: Folder of the run: created, or resumed if it was made with the same settings.
         data_dir: Folder of the data, for tasks that can be read from one.
         command: What the report names as the command that repeats the run.
@@ -102,16 +104,15 @@ class PruneThenDistillRun(Run):
 
     def _plan(self, pruned: nn.Module, graph: ChannelGraph) -> PrunePlan:
         """Widths at which layers hold as many weights, scaled down together where that is above the target."""
-        c = self.config
-        plan = match_plan(graph, self.read_tensors(PRUNED)[1]["nonzeros"])
-        if plan_cost(graph, plan).macs > c.target_macs * plan_cost(graph).macs:
-            counts = {g.name: len(plan.get(g.name, range(g.n_channels))) for g in graph.groups}
-            space = CandidateSpace(
-                graph, score(pruned, graph, criterion=Magnitude(p=1)), Target(macs=c.target_macs), round_to=c.round_to,
-                max_pruning_ratio=c.max_pruning_ratio, min_channels=c.min_channels,
-            )  # fmt: skip
-            ratios = [counts[name] / graph[name].n_channels for name in space.names]
-            plan = space.plan(space.counts(ratios))
+        matched = match_plan(graph, self.read_tensors(PRUNED)[1]["nonzeros"])
+        table = latency_table(self, pruned, graph)
+        scaled = proportional(self, graph, score(pruned, graph, criterion=Magnitude(p=1)), matched, table)
+
+        def plan_of(target: Target) -> PrunePlan:
+            return matched if holds(graph, target, matched, table) else scaled(target)
+
+        plan = measured_plan(self, pruned, graph, plan_of, "match")
+        if plan != matched:
             self.talk.say("The student that the pruned teacher shapes is above the target; its widths are scaled down.")
         return plan
 

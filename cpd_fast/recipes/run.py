@@ -27,9 +27,11 @@ from cpd_fast.recipes.outcome import finish
 from cpd_fast.recipes.progress import StopRequest, Talk
 from cpd_fast.recipes.rounds import PRUNED, prune_in_rounds
 from cpd_fast.recipes.run_folder import CHOICE, RunFolder
+from cpd_fast.recipes.target import check_target
 from cpd_fast.recipes.tasks import Task, builtin, default_config
 from cpd_fast.recipes.training import Machine, Trainer, adamw, advance_bar, batch_of, listen, one_cycle, stage_seed
 from cpd_fast.report import GROUPS, Results, groups_figure
+from cpd_fast.timing import LatencyTable
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
 
 TEACHER = "teacher.safetensors"
@@ -75,14 +77,12 @@ def run_recipe(
     ``choice`` is a JSON record of why the recipe was chosen, for the folder.
 
     Raises:
-        RunFolderError: If the target is not one of MACs alone, or the folder cannot be used.
+        RunFolderError: If the folder cannot be used.
         KeyboardInterrupt: After Ctrl-C.
     """
-    if isinstance(target, Target):
-        if set(target.given) != {"macs"}:
-            raise RunFolderError(f"recipes.{recipe}: expected Target(macs=...) alone, got {target}")
-        target = float(target.given["macs"])
-    config = default_config(task if isinstance(task, str) else task.name, target_macs=float(target), **settings)
+    limits = target.given if isinstance(target, Target) else {"macs": float(target)}
+    limits = {f"target_{name}": value for name, value in limits.items()}
+    config = default_config(task if isinstance(task, str) else task.name, **{**limits, **settings})
     config = dataclasses.replace(config, **run_class.defaults(config, settings))
     loaded = builtin(task, data_dir) if isinstance(task, str) else task
     asked = {"recipe": recipe, "task": loaded.name, **loaded.origin, **config.of_recipe(recipe)}
@@ -136,6 +136,7 @@ class Run:
     quality: list[tuple[str, int, float, float]] = field(default_factory=list)
     why: str = ""  # it was chosen
     machine: Machine = field(init=False)
+    table: LatencyTable | None = None
 
     def __post_init__(self) -> None:
         self.machine = Machine.of(self.config.device, self.config.precision, self.config.memory_limit)
@@ -172,8 +173,10 @@ class Run:
         torch.manual_seed(stage_seed(self.config.seed, "teacher"))
         teacher = self.task.build().to(self.machine.device)
         at = self._resume()
-        self._teacher(teacher, at)
         graph = self._comb(teacher)
+        if at.stage == "teacher":
+            check_target(self, teacher, graph)
+        self._teacher(teacher, at)
         mentor = self._mentor(teacher, at)
         plan, small, optimizer = self.shape(mentor, graph, at)
         self.folder.write("plan.json", plan.to_json())

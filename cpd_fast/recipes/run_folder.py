@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cpd_fast.config import before_choice
 from cpd_fast.errors import FileFormatError, RunFolderError
 from cpd_fast.store import pack_tensors, read_tensors, write_atomically
 
@@ -35,7 +36,8 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not file.is_file():
         raise RunFolderError(f"{path}: holds no run.json; it is no run folder")
     try:
-        return dict(json.loads(file.read_text())["settings"])
+        made = dict(json.loads(file.read_text())["settings"])
+        return {**before_choice(), **made} if "recipe" in made else made
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise RunFolderError(f"{path}: run.json is damaged ({e!r}); start the run anew in another folder") from e
 
@@ -91,11 +93,14 @@ class RunFolder:
     def _check_settings(self, settings: dict[str, Any]) -> None:
         """Compare with the settings that the folder was made with, or write them.
 
+        Settings that did not exist by then count as what runs did before.
+
         Raises:
             RunFolderError: If they differ, or the folder holds something else.
         """
         if (self.path / "run.json").exists():
             made = self.read_json("run.json").get("settings", {})
+            made = {**{k: v for k, v in before_choice().items() if k in settings}, **made}
             differ = [k for k in {**made, **settings} if made.get(k) != settings.get(k)]
             if differ:
                 parts = [f"{k}: it has {made.get(k)!r}, this command asks for {settings.get(k)!r}" for k in differ]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpd_fast.config import CLASSIFICATION, CompressConfig
+from cpd_fast.config import CLASSIFICATION, TARGETS, CompressConfig
 from cpd_fast.data import IGNORE, DataSplits, climate, fashion_mnist
 from cpd_fast.errors import DataError
 from cpd_fast.models import EfficientNetLite0FPN, SmallResNet
@@ -88,4 +88,6 @@ def default_config(name: str, **settings: object) -> CompressConfig:
         ConfigError: If a setting is unknown or out of range.
     """
     base = dict(CLASSIFICATION) if name == "fashion-mnist" else {}
+    if any(settings.get(t, 1) != 1 for t in TARGETS[1:]):  # MACs are not limited beside it, unless asked for
+        base["target_macs"] = 1.0
     return CompressConfig.from_dict({**base, **settings})

@@ -3,7 +3,7 @@
 from cpd_fast.timing.layers import Layer
 from cpd_fast.timing.measure import BACKENDS, Latency, compare_latency, latency
 from cpd_fast.timing.table import LatencyTable, cache_folder
-from cpd_fast.timing.target import LatencyPlan, Try, plan_for_latency
+from cpd_fast.timing.target import LatencyPlan, Try, meet_latency, plan_for_latency
 
 __all__ = [
     "BACKENDS",
@@ -15,5 +15,6 @@ __all__ = [
     "cache_folder",
     "compare_latency",
     "latency",
+    "meet_latency",
     "plan_for_latency",
 ]

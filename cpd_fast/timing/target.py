@@ -128,9 +128,43 @@ def plan_for_latency(
         raise PlanError(f"plan_for_latency: expected Target(latency_ms=...), got {target}")
     count = threads or torch.get_num_threads()
     table = table or LatencyTable(model, graph, example_inputs, backend, count)
+
+    def plan_of(limits: Target) -> PrunePlan:
+        return make_plan(graph, scores, limits, latency=table, **options)
+
+    return meet_latency(model, graph, plan_of, target, example_inputs, table, backend, count, measure)
+
+
+def meet_latency(
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan_of: Callable[[Target], PrunePlan],
+    target: Target,
+    example_inputs: Any,
+    table: LatencyTable,
+    backend: str,
+    threads: int,
+    measure: Measure | None = None,
+) -> LatencyPlan:
+    """What :func:`plan_for_latency` does, for plans of any making.
+
+    Args:
+        model: The dense network.
+        graph: Its channel graph, combed with ``example_inputs``.
+        plan_of: The plan that the table predicts a target of; its latency is given as a fraction.
+        target: With ``latency_ms``.
+        example_inputs: What latency is about.
+        table: Of the dense network.
+        backend: ``"onnxruntime"`` or ``"eager"``.
+        threads: CPU threads.
+        measure: As in :func:`plan_for_latency`.
+
+    Raises:
+        PlanError: If the target cannot be met; says what was measured.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        take = measure or _measurer(model, example_inputs, backend, count, Path(folder))
-        return _search(model, graph, scores, target, table, take, options)
+        take = measure or _measurer(model, example_inputs, backend, threads, Path(folder))
+        return _search(model, graph, plan_of, target, table, take)
 
 
 def _measurer(model: nn.Module, inputs: Any, backend: str, threads: int, folder: Path) -> Measure:
@@ -150,11 +184,10 @@ def _measurer(model: nn.Module, inputs: Any, backend: str, threads: int, folder:
 def _search(
     model: nn.Module,
     graph: ChannelGraph,
-    scores: Scores | Mapping[str, Tensor],
+    plan_of: Callable[[Target], PrunePlan],
     target: Target,
     table: LatencyTable,
     measure: Measure,
-    options: Mapping[str, Any],
 ) -> LatencyPlan:
     assert target.latency_ms is not None
     asked = target.latency_ms * (table.dense_ms if target.latency_ms <= 1 else 1.0)
@@ -163,7 +196,7 @@ def _search(
     tries: list[Try] = []
     for _ in range(MOST_TRIES):
         try:
-            plan = _plan(graph, scores, target, asked, table, options)
+            plan = plan_of(Target(**{**target.given, "latency_ms": min(asked / table(None), 1.0)}))
         except PlanError:
             if not tries:
                 raise
@@ -185,20 +218,6 @@ def _search(
         known = slow is not None and fast is not None and fast < slow
         asked = (fast * slow) ** 0.5 if known else asked / (1 + tries[-1].off)  # type: ignore[operator]
     return _closest(tries)
-
-
-def _plan(
-    graph: ChannelGraph,
-    scores: Scores | Mapping[str, Tensor],
-    target: Target,
-    asked: float,
-    table: LatencyTable,
-    options: Mapping[str, Any],
-) -> PrunePlan:
-    """The plan that the table predicts ``asked`` milliseconds of; latencies below 1 ms are given as fractions."""
-    share = min(asked / table(None), 1.0)
-    limits = {**target.given, "latency_ms": share}
-    return make_plan(graph, scores, Target(**limits), latency=table, **options)
 
 
 def _closest(tries: list[Try]) -> LatencyPlan:

@@ -145,6 +145,40 @@ def test_recipe_and_flags_ask_for_the_same(here, call):
     assert set(recipe) | {"weights", "data_dir", "minutes"} == set(flag_names())  # those are written only when given
 
 
+def test_other_targets_than_macs(here, call):
+    """By flag or recipe; MACs are limited beside them only where asked for."""
+    asked = flags(model="mine:dense", data="streets", size=8, target_latency_ms=0.6)
+    recipe = yaml.safe_load(call("compress", *asked, "--dry-run")[1])
+    assert (recipe["target_latency_ms"], recipe["target_macs"]) == (0.6, 1.0)
+    assert recipe["run_dir"] == "runs/streets-latency0.6-seed0"
+    (here / "recipe.yaml").write_text(
+        "model: mine:dense\ndata: streets\nsize: 8\ntarget-params: 0.5\ntarget_macs: 0.7\n"
+    )
+    recipe = yaml.safe_load(call("compress", "recipe.yaml", "--dry-run")[1])
+    assert (recipe["target_params"], recipe["target_macs"], recipe["target_latency_ms"]) == (0.5, 0.7, 1.0)
+    assert recipe["run_dir"] == "runs/streets-params0.5-macs0.7-seed0"
+    code, out, err = call("compress", *flags(**{**QUICK, "model": "mine:classifier", "data": "photos", "size": 8}),
+                          "--target-params", 0.01, "--run-dir", "run")  # fmt: skip
+    assert code == 1 and out == "" and "params=0.01 cannot be reached: the range is" in " ".join(err.split())
+    assert not (here / "run/teacher.safetensors").exists()  # said before anything is trained
+
+
+def test_every_flag_is_a_name_of_a_recipe_and_says_its_default(here, call):
+    """The names, kinds and defaults that --help shows are those of the recipe: nothing is in one of them alone."""
+    import typer
+
+    from cpd_fast.cli import recipe
+
+    settings = recipe.settings_fields()
+    options = {p.name: p for p in typer.main.get_command(cli.app).commands["compress"].params}
+    shown = {n: options[n] for n in flag_names()}
+    assert shown.keys() == recipe.WHAT.keys() | settings.keys()
+    for name, option in shown.items():
+        assert option.opts == [f"--{name.replace('_', '-')}"] and option.help
+        default = settings[name].default if name in settings else recipe.WHAT[name][1]
+        assert str(option.show_default or "None").removesuffix("; the task may have another") == str(default), name
+
+
 def flag_names():
     import inspect
 

@@ -8,7 +8,7 @@ import torch
 
 from cpd_fast.errors import RunFolderError
 from cpd_fast.recipes import RunFolder
-from cpd_fast.recipes.run_folder import CHECKPOINT
+from cpd_fast.recipes.run_folder import CHECKPOINT, read_settings
 
 
 def test_second_process_is_refused(tmp_path):
@@ -69,3 +69,14 @@ def test_damaged_settings(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RunFolderError, match=r"run\.json is no JSON.*delete the folder to start over"):
         RunFolder(tmp_path, {})
+
+
+def test_settings_that_the_folder_does_not_know_mean_what_runs_did_before(tmp_path):
+    """A folder from before latency_threads and criterion were settings."""
+    RunFolder(tmp_path, {"recipe": "cpd", "seed": 0}).close()
+    RunFolder(tmp_path, {"recipe": "cpd", "seed": 0, "latency_threads": 1, "criterion": "HessianTrace"}).close()
+    with pytest.raises(RunFolderError, match="latency_threads: it has 1, this command asks for 2"):
+        RunFolder(tmp_path, {"recipe": "cpd", "seed": 0, "latency_threads": 2})
+    with pytest.raises(RunFolderError, match="criterion: it has 'HessianTrace', this command asks for 'GateHessian'"):
+        RunFolder(tmp_path, {"recipe": "cpd", "seed": 0, "criterion": "GateHessian"})
+    assert read_settings(tmp_path)["criterion"] == "HessianTrace" and read_settings(tmp_path)["latency_threads"] == 1
