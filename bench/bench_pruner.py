@@ -13,6 +13,7 @@ import gc
 import json
 import platform
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,21 @@ def masks_alone(model, batch):
     return loop
 
 
-PROVIDERS = {"plain": plain, "taylor": taylor, "masks_alone": masks_alone, "taylor_masked": taylor_masked}
+def probed(criterion, model, batch):
+    """A probe in every iteration, and a removal of next to nothing after it."""
+    steps = cpd.Greedy(interval=1, steps=10**6)
+    return Loop(model, batch, cpd.Pruner(model, batch[0][:1], cpd.Target(macs=0.99), criterion, steps))
+
+
+PROVIDERS = {
+    "plain": plain,
+    "taylor": taylor,
+    "masks_alone": masks_alone,
+    "taylor_masked": taylor_masked,
+    "hessian_trace": partial(probed, cpd.HessianTrace()),
+    "finite_difference": partial(probed, cpd.HessianTrace(engine="finite_difference", step=1e-3)),
+    "gate_hessian": partial(probed, cpd.GateHessian()),
+}
 
 
 def measure(name):

@@ -10,7 +10,7 @@ import cpd_fast as cpd
 from cpd_fast.errors import PlanError, ScoreError
 from cpd_fast.pruner import Pruner
 from cpd_fast.schedule import Greedy, plan_cost
-from cpd_fast.score import BNScale, GroupFisher, HessianTrace, Magnitude, Random, Taylor
+from cpd_fast.score import BNScale, GroupFisher, HessianTrace, Magnitude, Random, Taylor, _probes
 from tests.helpers import Grouped, TwoConv
 from tests.ranks import run_ranks
 
@@ -324,7 +324,16 @@ def test_loss_scaler_and_autocast(dtype):
         assert small(batch(9)[0]).isfinite().all()
 
 
+CRITERIA_OF_RANKS = {  # and a rank's mean loss over half of the samples: what its square does to per-sample gradients
+    Taylor(): 1,
+    HessianTrace(num_probes=2): 1,
+    GroupFisher(): 2,
+    Magnitude(): 1,
+}
+
+
 def _distributed(rank):
+    _probes._PROBES_OF_A_RANK = 0  # ranks take other probes each, for less noise; here they are to take the same
     model = net()
     for m in model.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
@@ -332,7 +341,7 @@ def _distributed(rank):
             m.eval()
     wrapped = model if rank is None else torch.nn.parallel.DistributedDataParallel(model)
     plans = []
-    for criterion in (Taylor(), GroupFisher(), Magnitude()):
+    for criterion in CRITERIA_OF_RANKS:
         pruner = Pruner(wrapped, X, cpd.Target(macs=0.6), criterion, Greedy(interval=2, steps=2), score_ema=0.3)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         for i in range(4):
@@ -348,16 +357,17 @@ def _distributed(rank):
     return plans, {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
-def test_two_ranks_prune_as_one_process_on_the_joined_batch():
+def test_two_ranks_prune_as_one_process_on_the_joined_batch(monkeypatch):
     ranks = run_ranks(_distributed)
+    monkeypatch.setattr(_probes, "_PROBES_OF_A_RANK", 0)
     alone, weights = _distributed(None)
     assert ranks[0][0][0][0] == ranks[1][0][0][0]
     for (plan, scores), other in zip(ranks[0][0], ranks[1][0], strict=True):
         assert plan == other[0]  # the same plan on both ranks
         assert all(torch.equal(scores[k], other[1][k]) for k in scores)
-    for (plan, scores), same in list(zip(ranks[0][0], alone, strict=True))[:1]:  # Taylor: on the averaged gradient
-        assert plan == same[0]
+    for (plan, scores), (same_plan, same), factor in zip(ranks[0][0], alone, CRITERIA_OF_RANKS.values(), strict=True):
+        assert plan == same_plan
         for k in scores:
-            torch.testing.assert_close(scores[k], same[1][k], rtol=1e-4, atol=1e-12)
+            torch.testing.assert_close(scores[k], factor * same[k], rtol=5e-3, atol=5e-3 * float(scores[k].max()))
     for k, v in weights.items():
         torch.testing.assert_close(ranks[0][1][k], v, rtol=1e-4, atol=1e-6)

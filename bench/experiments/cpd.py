@@ -1,17 +1,18 @@
-"""Does it work? CPD's presets against their rivals on Fashion-MNIST, all with the same number of training iterations.
+"""Does it work? CPD's presets against their rivals, all with the same number of training iterations.
 
-    python bench/experiments/cpd.py run --out runs/cpd.jsonl --minutes 60   # resumable: a line a finished cell
-    python bench/experiments/cpd.py tables --out runs/cpd.jsonl             # bench/results/cpd.json and cpd.png
+    python bench/experiments/cpd.py run STUDY --out runs/cpd --minutes 60   # resumable: a line a finished cell
+    python bench/experiments/cpd.py tables --out runs/cpd                   # bench/results/cpd.json and cpd.png
 
-A cell is (method, MACs that remain, seed). From a teacher of nine short epochs (three whole ones) every cell gets TOTAL
-iterations of batch 128 along one learning rate curve: methods that prune while training do it in the first PRUNE of
-them, methods that prune at once do it before the first. Choices between our own variants are made on the val split; the
-test split is measured on.
+A cell is (method, MACs that remain, distillation, seed) of one of the studies in ``studies.py``. From one teacher a
+seed every cell gets the same iterations along one learning rate curve: methods that prune while training do it in the
+first ``prune`` of them, methods that prune at once do it before the first. Choices between our own variants are made on
+the val split of study ``small``; the test split is measured on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import time
@@ -21,39 +22,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import cpd_fast as cpd
-from cpd_fast.data import DataSplits, Split, augmented_batch, fashion_mnist
-from cpd_fast.models import SmallResNet
+from bench.experiments.studies import ABLATED_AT, RIVALS, SEEDS, STUDIES, Study
+from cpd_fast.data import DataSplits, Split, augmented_batch
+from cpd_fast.presets import preset
 from cpd_fast.recipes.evaluate import evaluate, reestimate_batch_norm
-from cpd_fast.recipes.training import adamw, one_cycle, stage_seed
+from cpd_fast.recipes.training import Machine, Trainer, adamw, listen, one_cycle, stage_seed
+from cpd_fast.timing import compare_latency
 
-WIDTHS, BATCH, EPOCH = (16, 32, 64), 128, 143  # a short epoch: a third of the pictures
-TEACHER, PRUNE, FINETUNE = 9 * EPOCH, 60, EPOCH
-TOTAL = PRUNE + FINETUNE
-LR_TEACHER, LR = 4e-3, 2e-3
-KEEP = (0.7, 0.5, 0.3, 0.2)  # of the MACs
-ABLATED_AT = 0.3
-SEEDS = (0, 1, 2)
-AFTER = {0: "removal", EPOCH // 10: "0.1 epochs", 3 * EPOCH // 10: "0.3 epochs"}  # of fine-tuning
-QUICK = 2500  # val pictures that these are measured on; all 5,000 at the end
-PICTURE = torch.zeros(1, 1, 28, 28)
+QUICK = 2500  # val pictures that are measured on during fine-tuning; all at the end
 ROOT = Path(__file__).resolve().parents[2]
-
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-
-def task_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y, label_smoothing=0.05)
 
 
 # ------------------------------------------------------------------------------------------------------------ methods
 @dataclass
 class Prune:
-    """What prunes a model: ``step`` after every backward of the first PRUNE iterations, then ``finish``."""
+    """What prunes a model: ``step`` after every backward of the first ``prune`` iterations, then ``finish``."""
 
+    study: Study
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
@@ -61,28 +50,30 @@ class Prune:
         """Nothing, for methods that prune at once."""
 
     def is_done(self, iteration: int) -> bool:
-        return iteration >= PRUNE
+        return iteration >= self.study.prune
 
     def finish(self) -> nn.Module:
         return self.model
 
 
 class InLoop(Prune):
-    """``cpd.Pruner``; ``OneGroup`` may need more than PRUNE iterations, and takes them from the fine-tuning."""
+    """``cpd.Pruner``; ``OneGroup`` may need more than ``prune`` iterations, and takes them from the fine-tuning."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, keep: float, **how: Any) -> None:
-        super().__init__(model, optimizer)
+    def __init__(
+        self, study: Study, model: nn.Module, optimizer: torch.optim.Optimizer, keep: float, **how: Any
+    ) -> None:
+        super().__init__(study, model, optimizer)
         criterion, schedule = how.pop("criterion"), how.pop("schedule")
         cap = how.pop("cap", None)
         if cap is not None:  # no layer below this share of the uniform width
             how["max_pruning_ratio"] = 1 - cap * keep**0.5
-        self.pruner = cpd.Pruner(model, PICTURE, cpd.Target(macs=keep), criterion, schedule, **how)
+        self.pruner = cpd.Pruner(model, study.picture, cpd.Target(macs=keep), criterion, schedule, **how)
 
     def step(self, closure: Callable[[], Tensor], iteration: int) -> None:
         self.pruner.step(closure)
 
     def is_done(self, iteration: int) -> bool:
-        return iteration >= PRUNE and self.pruner.done
+        return iteration >= self.study.prune and self.pruner.done
 
     def finish(self) -> nn.Module:
         return self.pruner.compact(self.optimizer)
@@ -94,13 +85,15 @@ class AtOnce(Prune):
     def is_done(self, iteration: int) -> bool:
         return True
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, make: Callable[..., cpd.PrunePlan]) -> None:
-        graph = cpd.comb(model, PICTURE)
-        super().__init__(cpd.compact(model, graph, make(graph), optimizer=optimizer), optimizer)
+    def __init__(
+        self, study: Study, model: nn.Module, optimizer: torch.optim.Optimizer, make: Callable[..., cpd.PrunePlan]
+    ) -> None:
+        graph = cpd.comb(model, study.picture)
+        super().__init__(study, cpd.compact(model, graph, make(graph), optimizer=optimizer), optimizer)
 
 
 @torch.no_grad()
-def macs_of(model: nn.Module) -> int:
+def macs_of(model: nn.Module, picture: Tensor) -> int:
     """MACs of convolutions and linears by running the model: quick, and blind to who built it."""
     total, mode = 0, model.training
 
@@ -110,7 +103,7 @@ def macs_of(model: nn.Module) -> int:
 
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     hooks = [m.register_forward_hook(count) for m in layers]
-    model.eval()(PICTURE)
+    model.eval()(picture)
     model.train(mode)
     for hook in hooks:
         hook.remove()
@@ -123,172 +116,190 @@ class TorchPruning(Prune):
     It replaces parameters, so the optimizer starts anew after every removal.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, keep: float, events: int) -> None:
+    def __init__(
+        self, study: Study, model: nn.Module, optimizer: torch.optim.Optimizer, keep: float, events: int
+    ) -> None:
         import torch_pruning as tp
 
-        super().__init__(model, optimizer)
+        super().__init__(study, model, optimizer)
         self.keep, self.events = keep, events
         self.pruner = tp.pruner.MetaPruner(
             model,
-            PICTURE,
+            study.picture,
             importance=tp.importance.GroupTaylorImportance(),
             global_pruning=True,
             pruning_ratio=0.95,
             iterative_steps=400,
             ignored_layers=[model.classify],
         )
-        self.dense = macs_of(model)
+        self.dense = macs_of(model, study.picture)
 
     def step(self, closure: Callable[[], Tensor], iteration: int) -> None:
-        every = PRUNE // self.events
+        every = self.study.prune // self.events
         if (iteration + 1) % every:
             return
         share = 1 - (1 - (iteration + 1) // every / self.events) ** 3
         most = self.dense * (1 - (1 - self.keep) * share)
-        while macs_of(self.model) > most:
+        while macs_of(self.model, self.study.picture) > most:
             self.pruner.step()
         self.optimizer = adamw(self.model, 1e-2)
 
 
-def greedy(events: int = 10, ramp: str = "cubic") -> cpd.Greedy:
-    return cpd.Greedy(interval=PRUNE // events, steps=events, ramp=ramp)
+def variants(study: Study) -> dict[str, dict[str, Any]]:
+    """Arguments of ``cpd.Pruner`` by name."""
+
+    def greedy(ramp: str = "cubic") -> cpd.Greedy:
+        return cpd.Greedy(interval=study.prune // 10, steps=10, ramp=ramp)
+
+    by_taylor: dict[str, Any] = {"criterion": cpd.Taylor(normalize_cost=False), "schedule": greedy()}
+    best, uniform = preset("best", study.prune // 10, 10), {"per_cost": "macs", "cap": 0.9}
+    once = cpd.Greedy(interval=8, steps=1)
+    return {
+        "best": best,
+        "taylor, not by cost": by_taylor,
+        "taylor, not by cost, groups alike": {**by_taylor, "normalize": "mean"},
+        "best, linear ramp": {**best, "schedule": greedy("linear")},
+        "best, cosine ramp": {**best, "schedule": greedy("cosine")},
+        "best, at once": {**best, "schedule": once},
+        "best, averaged scores": {**best, "score_ema": 0.5},
+        "best, capped": {**best, "cap": 0.6},
+        "best, near uniform": {**best, "cap": 0.9},
+        "fisher/macs": {"criterion": cpd.GroupFisher(), "schedule": greedy(), "per_cost": "macs"},
+        "fisher/macs, near uniform": {"criterion": cpd.GroupFisher(), "schedule": greedy(), **uniform},
+        "gate hessian/macs": {"criterion": cpd.GateHessian(), "schedule": greedy(), "per_cost": "macs"},
+        "gate hessian/macs, near uniform": {"criterion": cpd.GateHessian(), "schedule": greedy(), **uniform},
+        "hessian trace/macs": {"criterion": cpd.HessianTrace(), "schedule": greedy(), "per_cost": "macs"},
+        # the Hessian trace over all groups, along a straight line
+        "published": preset("published", study.prune // 10, 10),
+        # one group an event; its 50 iterations an interval would not end in time
+        "released": preset("released", 1),
+    }
 
 
-ONCE = cpd.Greedy(interval=8, steps=1)
-GLOBAL_TAYLOR = cpd.Taylor(normalize_cost=False)
-VARIANTS: dict[str, dict[str, Any]] = {
-    "taylor": dict(criterion=GLOBAL_TAYLOR, schedule=greedy()),
-    "taylor, groups alike": dict(criterion=GLOBAL_TAYLOR, schedule=greedy(), normalize="mean"),
-    "taylor/macs": dict(criterion=GLOBAL_TAYLOR, schedule=greedy(), per_cost="macs"),
-    "taylor/macs, linear": dict(criterion=GLOBAL_TAYLOR, schedule=greedy(ramp="linear"), per_cost="macs"),
-    "taylor/macs, cosine": dict(criterion=GLOBAL_TAYLOR, schedule=greedy(ramp="cosine"), per_cost="macs"),
-    "taylor/macs, once": dict(criterion=GLOBAL_TAYLOR, schedule=ONCE, per_cost="macs"),
-    "taylor/macs, averaged": dict(criterion=GLOBAL_TAYLOR, schedule=greedy(), per_cost="macs", score_ema=0.5),
-    "taylor/macs, capped": dict(criterion=GLOBAL_TAYLOR, schedule=greedy(), per_cost="macs", cap=0.6),
-    "taylor/macs, near uniform": dict(criterion=GLOBAL_TAYLOR, schedule=greedy(), per_cost="macs", cap=0.9),
-    "fisher/macs": dict(criterion=cpd.GroupFisher(), schedule=greedy(), per_cost="macs"),
-    "fisher/macs, near uniform": dict(criterion=cpd.GroupFisher(), schedule=greedy(), per_cost="macs", cap=0.9),
-    "gate hessian/macs": dict(criterion=cpd.GateHessian(), schedule=greedy(), per_cost="macs"),
-    "gate hessian/macs, near uniform": dict(criterion=cpd.GateHessian(), schedule=greedy(), per_cost="macs", cap=0.9),
-    "hessian trace/macs": dict(criterion=cpd.HessianTrace(), schedule=greedy(), per_cost="macs"),
-}
-FIRST = ("taylor/macs", "taylor/macs, near uniform", "gate hessian/macs, near uniform")  # best is one of these
 DISTIL = ("none", "logits", "features", "logits+features", "logits, fine-tuning only")
 
 
-def uniform(graph: cpd.ChannelGraph, model: nn.Module, keep: float) -> cpd.PrunePlan:
+def uniform(study: Study, graph: cpd.ChannelGraph, model: nn.Module, keep: float) -> cpd.PrunePlan:
     """The widest plan of one width for all groups that meets the MACs; channels by magnitude."""
-    scores, dense = cpd.score(model, graph, criterion=cpd.Magnitude()), cpd.cost(model, PICTURE).macs
+    scores, dense = cpd.score(model, graph, criterion=cpd.Magnitude()), cpd.cost(model, study.picture).macs
     for width in torch.linspace(1, 0.02, 197).tolist():
         plan = cpd.uniform_plan(graph, scores, width)
-        if cpd.cost(model, PICTURE, plan, graph).macs <= keep * dense:
+        if cpd.cost(model, study.picture, plan, graph).macs <= keep * dense:
             return plan
     raise AssertionError(f"no uniform width has {keep} of the MACs")
 
 
 def make(
-    method: str, model: nn.Module, optimizer: torch.optim.Optimizer, keep: float, execution: str = "auto"
+    study: Study, method: str, model: nn.Module, optimizer: torch.optim.Optimizer, keep: float, execution: str
 ) -> Prune:
-    if method in VARIANTS:
-        return InLoop(model, optimizer, keep, execution=execution, **VARIANTS[method])
-    if method == "published":  # Hessian trace over all groups; linear, at the end of intervals
-        return InLoop(model, optimizer, keep, criterion=cpd.HessianTrace(), schedule=greedy(ramp="linear"))
-    if method == "released":  # one group an event; its 50 iterations an interval would not end within PRUNE
-        return InLoop(model, optimizer, keep, criterion=cpd.Taylor(), schedule=cpd.OneGroup(interval=1))
     if method == "uniform width":
-        return AtOnce(model, optimizer, lambda graph: uniform(graph, model, keep))
+        return AtOnce(study, model, optimizer, lambda graph: uniform(study, graph, model, keep))
     if method == "magnitude at once":
         return AtOnce(
+            study,
             model,
             optimizer,
             lambda g: cpd.plan(g, cpd.score(model, g, criterion=cpd.Magnitude()), cpd.Target(macs=keep)),
         )
-    assert method == "Torch-Pruning taylor", method
-    return TorchPruning(model, optimizer, keep, events=10)
+    if method == "Torch-Pruning taylor":
+        return TorchPruning(study, model, optimizer, keep, events=10)
+    return InLoop(study, model, optimizer, keep, execution=execution, **variants(study)[method])
 
 
 # --------------------------------------------------------------------------------------------------------------- cells
 class Student:
     """One model in training: the loss of its distillation, which follows a compaction."""
 
-    def __init__(self, teacher: nn.Module, distil: str) -> None:
-        self.teacher, self.distil = teacher, distil
-        width = teacher.classify.in_features
-        self.features = cpd.losses.FeatureCWD(width, width, tau=1.0, loss_weight=5.0)
-        self.logits = cpd.losses.LogitKL(temperature=4.0, loss_weight=1.0)
+    def __init__(self, study: Study, task: Any, teacher: nn.Module, distil: str) -> None:
+        self.teacher, self.distil, self.at, self.task_loss = teacher, distil, task.distill_at, task.loss()
+        imitation = cpd.losses.ChannelWiseKL if task.data.is_segmentation else cpd.losses.LogitKL
+        self.logits = imitation(study.temperature, loss_weight=study.weight)
+        self.features: nn.Module | None = None
+        if "features" in distil:
+            width = teacher.classify.in_features
+            self.features = cpd.losses.FeatureCWD(width, width, tau=1.0, loss_weight=5.0)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, fine_tuning: bool) -> Tensor:
         if self.distil == "none" or (self.distil.endswith("only") and not fine_tuning):
-            return task_loss(model, x, y)
-        with torch.no_grad():
-            map_T = self.teacher.layers(self.teacher.stem(x))
-            logits_T = self.teacher.classify(map_T.mean((2, 3)))
-        maps: list[Tensor] = []
-        hook = model.layers.register_forward_hook(lambda _m, _i, out: maps.append(out))
-        logits = model(x)
-        hook.remove()
-        total = F.cross_entropy(logits, y, label_smoothing=0.05)
+            return self.task_loss(model(x), y)
+        maps: list[str | None] = [self.at] + (["layers"] if self.features is not None else [])
+        with contextlib.ExitStack() as stack:
+            wanted = [stack.enter_context(listen(self.teacher, at)) for at in maps]
+            heard = [stack.enter_context(listen(model, at)) for at in maps]
+            with torch.no_grad():
+                self.teacher(x)
+            total = self.task_loss(model(x), y)
         if "logits" in self.distil:
-            total = total + self.logits(logits, logits_T)
-        if "features" in self.distil:
-            total = total + self.features(maps[-1], map_T)
+            total = total + self.logits(heard[0][-1], wanted[0][-1])
+        if self.features is not None:
+            total = total + self.features(heard[-1][-1], wanted[-1][-1])
         return total
 
 
-def accuracy(model: nn.Module, data: DataSplits, split: Any, seed: int) -> float:
-    """With batch norm re-estimated, in percent."""
+def quality(model: nn.Module, data: DataSplits, split: Any, batch: int, seed: int) -> float:
+    """Accuracy or mIoU with batch norm re-estimated, in percent."""
     other = copy.deepcopy(model)
-    reestimate_batch_norm(other, data, BATCH, seed, batches=8)
-    return round(100 * evaluate(other, data, split).accuracy, 3)
+    reestimate_batch_norm(other, data, batch, seed, batches=8)
+    return percent(other, data, split)
 
 
-def run_cell(method: str, keep: float, distil: str, seed: int, teacher: nn.Module, data: DataSplits) -> dict[str, Any]:
-    began, stage = time.process_time(), stage_seed(seed, "finetune")
+def percent(model: nn.Module, data: DataSplits, split: Any) -> float:
+    return round(100 * evaluate(model, data, split).main, 3)
+
+
+def run_cell(
+    study: Study, task: Any, method: str, keep: float, distil: str, seed: int, teacher: nn.Module
+) -> dict[str, Any]:
+    began, stage, data = time.process_time(), stage_seed(seed, "finetune"), task.data
+    quick = Split(data.val.images[:QUICK], data.val.labels[:QUICK])
     model = copy.deepcopy(teacher).train()
     optimizer: torch.optim.Optimizer = adamw(model, 1e-2)
     torch.manual_seed(stage)
-    student = Student(teacher, distil)
-    extra = torch.optim.AdamW(student.features.parameters(), lr=LR)
-    pruning, out = make(method, model, optimizer, keep, "full_width" if "features" in distil else "auto"), {}
-    model, average, first = pruning.model, None, TOTAL
-    for it in range(TOTAL):
+    student = Student(study, task, teacher, distil)
+    extra = None if student.features is None else torch.optim.AdamW(student.features.parameters(), lr=study.lr)
+    execution = "auto" if student.features is None else "full_width"
+    pruning, out = make(study, method, model, optimizer, keep, execution), {}
+    model, average, first = pruning.model, None, study.total
+    for it in range(study.total):
         if average is None and pruning.is_done(it):
             first, model = it, pruning.finish()
-            if "features" in distil:
+            if student.features is not None:
                 kept = pruning.pruner.plan.get(model_group(pruning), range(student.features.adapter[0].in_channels))
                 student.features.keep_channels(kept)
-                extra = torch.optim.AdamW(student.features.parameters(), lr=LR)
+                extra = torch.optim.AdamW(student.features.parameters(), lr=study.lr)
             average = torch.optim.swa_utils.AveragedModel(
                 model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
             )
-        if it - first in AFTER:
-            quick = Split(data.val.images[:QUICK], data.val.labels[:QUICK])
-            out[AFTER[it - first]] = accuracy(model, data, quick, stage)
-        x, y = augmented_batch(data, BATCH, stage, it)
+        if it - first in study.looks:
+            out[study.looks[it - first]] = quality(model, data, quick, study.batch, stage)
+        x, y = augmented_batch(data, study.batch, stage, it)
         model.train()
-        pruning.optimizer.zero_grad()
-        extra.zero_grad()
+        optimizers = [pruning.optimizer] + ([extra] if extra is not None else [])
+        for each in optimizers:
+            each.zero_grad()
         student.loss(model, x, y, it >= first).backward()
         if it < first:
-            pruning.step(lambda: F.cross_entropy(model(x), y), it)  # noqa: B023
-        for group in (*pruning.optimizer.param_groups, *extra.param_groups):
-            group["lr"] = one_cycle(LR, it, TOTAL, 0.1)
-        pruning.optimizer.step()
-        if "features" in distil:
-            extra.step()
+            pruning.step(lambda: student.task_loss(model(x), y), it)  # noqa: B023
+            optimizers[0] = pruning.optimizer
+        for each in optimizers:
+            for group in each.param_groups:
+                group["lr"] = one_cycle(study.lr, it, study.total, 0.1)
+            each.step()
         if average is not None:
             average.update_parameters(model)
     assert average is not None
-    cost, dense = cpd.cost(model, PICTURE), cpd.cost(teacher, PICTURE)
+    cost, dense = cpd.cost(model, study.picture), cpd.cost(teacher, study.picture)
+    timed = compare_latency([teacher, model], study.picture, runs=300, threads=1, seconds=3.0)
     return {
         **out,
         "pruned until": first,
-        "end": accuracy(model, data, data.val, stage),
-        "end, no BN re-estimation": round(100 * evaluate(model, data, data.val).accuracy, 3),
-        "end, EMA of weights": accuracy(average.module, data, data.val, stage),
-        "test": accuracy(model, data, data.test, stage),
+        "end": quality(model, data, data.val, study.batch, stage),
+        "end, no BN re-estimation": percent(model, data, data.val),
+        "end, EMA of weights": quality(average.module, data, data.val, study.batch, stage),
+        "test": quality(model, data, data.test, study.batch, stage),
         "macs": round(cost.macs / dense.macs, 4),
         "params": round(cost.params / dense.params, 4),
+        "latency": round(timed[1].median_ms / timed[0].median_ms, 4),
         "cpu_s": round(time.process_time() - began, 1),
     }
 
@@ -302,147 +313,151 @@ def model_group(pruning: Any) -> str:
     )
 
 
-def trained_teacher(seed: int, data: DataSplits, folder: Path) -> nn.Module:
-    torch.manual_seed(seed)
-    model, path = SmallResNet(10, WIDTHS), folder / f"teacher-{seed}.pt"
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model.eval()
-    optimizer = adamw(model, 1e-2)
-    for it in range(TEACHER):
-        x, y = augmented_batch(data, BATCH, stage_seed(seed, "teacher"), it)
-        for group in optimizer.param_groups:
-            group["lr"] = one_cycle(LR_TEACHER, it, TEACHER)
-        model.train()
-        optimizer.zero_grad()
-        task_loss(model, x, y).backward()
-        optimizer.step()
-    torch.save(model.state_dict(), path)
-    return model.eval()
+class Runner:
+    """The cells of one study, each a line in a file; what the file holds is not run again."""
 
+    def __init__(self, name: str, folder: Path, minutes: float) -> None:
+        self.name, self.folder, self.minutes = name, folder, minutes
+        self.study, self.task = STUDIES[name], STUDIES[name].task()
+        self.file = folder / f"{name}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lines = read(self.file)
+        self.spent = sum(line["cpu_s"] for line in self.lines)
 
-def best_variant(lines: list[dict[str, Any]]) -> str:
-    """Of FIRST, the variant with the highest mean val accuracy at ABLATED_AT."""
-    found: dict[str, list[float]] = {}
-    for line in lines:
-        if line["method"] in FIRST and line["keep"] == ABLATED_AT and line["distil"] == "logits":
-            found.setdefault(line["method"], []).append(line["end"])
-    return max(found, key=lambda m: sum(found[m]) / len(found[m]))
-
-
-def run(out: Path, minutes: float) -> None:
-    torch.set_num_threads(1)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    data = fashion_mnist()
-    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    spent = sum(line["cpu_s"] for line in lines)
-
-    def cell(method: str, keep: float, distil: str, seed: int) -> None:
-        nonlocal spent
-        key = {"method": method, "keep": keep, "distil": distil, "seed": seed}
-        if any(all(line[k] == v for k, v in key.items()) for line in lines) or spent > 60 * minutes:
-            return
-        teacher = trained_teacher(seed, data, out.parent)
-        lines.append({**key, **run_cell(method, keep, distil, seed, teacher, data)})
-        spent += lines[-1]["cpu_s"]
-        with out.open("a") as file:
-            file.write(json.dumps(lines[-1]) + "\n")
-        print(f"{spent:6.0f} s", json.dumps(lines[-1]), flush=True)
-
-    for seed in SEEDS:
-        if not any(line["method"] == "teacher" and line["seed"] == seed for line in lines):
-            began = time.process_time()
-            teacher = trained_teacher(seed, data, out.parent)
-            quality = {
-                name: round(100 * evaluate(teacher, data, s).accuracy, 3)
-                for name, s in (("end", data.val), ("test", data.test))
-            }
-            lines.append({
-                "method": "teacher", "keep": 1.0, "distil": "none", "seed": seed, **quality,
-                "cpu_s": round(time.process_time() - began, 1),
-            })  # fmt: skip
-            spent += lines[-1]["cpu_s"]
-            with out.open("a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
-    for seed in SEEDS:  # the most telling first, should the time run out
-        for method in ("uniform width", *FIRST, "released", "Torch-Pruning taylor"):
-            cell(method, ABLATED_AT, "logits", seed)
-    best = best_variant(lines)
-    for keep in (0.2, 0.5, 0.7):
+    def run(self) -> None:
+        """The most telling cells first, should the time run out."""
+        torch.set_num_threads(1)
+        study = self.study
         for seed in SEEDS:
-            for method in (best, "uniform width", "released", "Torch-Pruning taylor"):
-                cell(method, keep, "logits", seed)
-    for seed in SEEDS:
-        for distil in DISTIL:
-            cell(best, ABLATED_AT, distil, seed)
-        for method in ("published", "magnitude at once", *VARIANTS):
-            cell(method, ABLATED_AT, "logits", seed)
-    for seed in SEEDS:
-        for keep in KEEP:
-            for method in ("published", "magnitude at once"):
-                cell(method, keep, "logits", seed)
+            self.teacher_line(seed)
+        keeps = sorted(study.keeps, key=lambda k: abs(k - ABLATED_AT))
+        for keep in keeps:
+            for seed in SEEDS:
+                for method in ("best", *study.rivals):
+                    self.cell(method, keep, "logits", seed)
+        if not study.is_ablated:
+            return
+        for seed in SEEDS:
+            for distil in ("none", "logits", "features", "logits+features", "logits, fine-tuning only"):
+                self.cell("best", ABLATED_AT, distil, seed)
+            for method in ("magnitude at once", *variants(study)):
+                self.cell(method, ABLATED_AT, "logits", seed)
+        for seed in SEEDS:
+            for keep in study.keeps:
+                for method in ("published", "magnitude at once"):
+                    self.cell(method, keep, "logits", seed)
+
+    def cell(self, method: str, keep: float, distil: str, seed: int) -> None:
+        """Run a cell that is not there yet, while there is time."""
+        key = {"method": method, "keep": keep, "distil": distil, "seed": seed}
+        if any(all(line[k] == v for k, v in key.items()) for line in self.lines) or self.spent > 60 * self.minutes:
+            return
+        self.add({**key, **run_cell(self.study, self.task, method, keep, distil, seed, self.teacher(seed))})
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Write a finished cell."""
+        self.lines.append(line)
+        self.spent += line["cpu_s"]
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{self.spent:6.0f} s", json.dumps(line), flush=True)
+
+    def teacher_line(self, seed: int) -> None:
+        """How good the teacher of a seed is."""
+        if any(line["method"] == "teacher" and line["seed"] == seed for line in self.lines):
+            return
+        began, data = time.process_time(), self.task.data
+        teacher = self.teacher(seed)
+        found = {name: percent(teacher, data, split) for name, split in (("end", data.val), ("test", data.test))}
+        key = {"method": "teacher", "keep": 1.0, "distil": "none", "seed": seed}
+        self.add({**key, **found, "cpu_s": round(time.process_time() - began, 1)})
+
+    def teacher(self, seed: int) -> nn.Module:
+        """Trained, or read."""
+        study, task = self.study, self.task
+        torch.manual_seed(seed)
+        model, path = task.build(), self.folder / f"{self.name}-teacher-{seed}.safetensors"
+        if path.exists():
+            model.load_state_dict(load_file(path))
+            return model.eval()
+        trainer = Trainer(model, adamw(model, 1e-2), lambda m, b: task.loss()(m(b[0]), b[1]), Machine(), None)
+        for it in range(study.teacher):
+            stage = stage_seed(seed, "teacher")
+            trainer.step(
+                augmented_batch(task.data, study.batch, stage, it), one_cycle(study.lr_teacher, it, study.teacher), it
+            )
+        save_file(model.state_dict(), path)
+        return model.eval()
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
-def tables(out: Path) -> None:
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    cells: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
-    for line in lines:
-        cells.setdefault((line["method"], line["keep"], line["distil"]), []).append(line)
-    rows = []
-    for (method, keep, distil), parts in sorted(cells.items()):
-        numbers = {k for p in parts for k, v in p.items() if isinstance(v, float) and k not in ("keep", "cpu_s")}
-        row: dict[str, Any] = {"method": method, "keep": keep, "distil": distil, "seeds": len(parts)}
-        for name in sorted(numbers):
-            values = torch.tensor([p[name] for p in parts if name in p], dtype=torch.float64)
-            spread = float(values.std()) if len(values) > 1 else 0.0
-            row[name] = {"mean": round(float(values.mean()), 3), "std": round(spread, 3)}
-        rows.append(row)
-    doc = {
-        "data": "Fashion-MNIST, Debian dataset-fashion-mnist",
-        "network": f"SmallResNet {WIDTHS}",
-        "iterations": {"teacher": TEACHER, "prune": PRUNE, "fine-tune": FINETUNE, "batch": BATCH},
-        "command": "python bench/experiments/cpd.py run",
-        "torch": torch.__version__,
-        "best": best_variant(lines),
-        "rows": rows,
-    }
+def tables(folder: Path) -> None:
+    doc: dict[str, Any] = {"command": "python bench/experiments/cpd.py run", "torch": torch.__version__, "studies": {}}
+    for name, study in STUDIES.items():
+        if not (lines := read(folder / f"{name}.jsonl")):
+            continue
+        task, cells = study.task(), {}
+        for line in lines:
+            cells.setdefault((line["method"], line["keep"], line["distil"]), []).append(line)
+        doc["studies"][name] = {
+            "data": task.name,
+            "network": task.model_name,
+            "figure": "mIoU" if task.data.is_segmentation else "accuracy",
+            "iterations": {k: getattr(study, k) for k in ("teacher", "prune", "finetune", "epoch", "batch")},
+            "rows": [row(key, parts) for key, parts in sorted(cells.items())],
+        }
     (ROOT / "bench/results/cpd.json").write_text(json.dumps(doc, indent=1) + "\n")
-    plot(rows, doc["best"], ROOT / "bench/results/cpd.png")
+    plot(doc["studies"], ROOT / "bench/results/cpd.png")
 
 
-def plot(rows: list[dict[str, Any]], best: str, path: Path) -> None:
+def row(key: tuple[str, float, str], parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and spread of a cell over the seeds."""
+    found: dict[str, Any] = dict(zip(("method", "keep", "distil"), key, strict=True), seeds=len(parts))
+    for name in sorted({k for p in parts for k, v in p.items() if isinstance(v, float) and k not in ("keep", "cpu_s")}):
+        values = torch.tensor([p[name] for p in parts if name in p], dtype=torch.float64)
+        spread = float(values.std()) if len(values) > 1 else 0.0
+        found[name] = {"mean": round(float(values.mean()), 3), "std": round(spread, 3)}
+    return found
+
+
+def plot(studies: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
-    methods = [best, "uniform width", "released", "published", "magnitude at once"]
-    methods += [r["method"] for r in rows if r["method"].startswith("Torch-Pruning") and r["keep"] == KEEP[0]]
-    for axis, name, title in ((axes[0], "removal", "right after the last removal, BN re-estimated (val)"),
-                              (axes[1], "test", "after fine-tuning (test)")):  # fmt: skip
-        for method in methods:
-            mine = [r for r in rows if r["method"] == method and r["distil"] == "logits" and name in r]
-            mine = sorted((r for r in mine if r["keep"] in KEEP), key=lambda r: r["keep"])
-            label = f"best: {method}" if method == best else method
+    panels = [(name, "test") for name in studies] + [("small", "removal")] * ("small" in studies)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), squeeze=False)
+    for axis, (name, column) in zip(axes[0], panels, strict=True):
+        rows = [r for r in studies[name]["rows"] if r["distil"] == "logits" and column in r]
+        for method in ("best", *RIVALS, "published", "magnitude at once"):
+            mine = sorted((r for r in rows if r["method"] == method and r["keep"] in STUDIES[name].keeps),
+                          key=lambda r: r["keep"])  # fmt: skip
             if mine:
-                axis.errorbar([r["macs"]["mean"] for r in mine], [r[name]["mean"] for r in mine],
-                              [r[name]["std"] for r in mine], marker="o", capsize=3, label=label)  # fmt: skip
-        axis.set(title=title, xlabel="share of the MACs that remains", ylabel="accuracy, %")
+                axis.errorbar([r["macs"]["mean"] for r in mine], [r[column]["mean"] for r in mine],
+                              [r[column]["std"] for r in mine], marker="o", capsize=3, label=method)  # fmt: skip
+        when = "after fine-tuning, test" if column == "test" else "right after removal, BN re-estimated, val"
+        axis.set(title=f"{studies[name]['network']}\n{when}", xlabel="share of the MACs that remains",
+                 ylabel=f"{studies[name]['figure']}, %")  # fmt: skip
+        axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
+    axes[0][0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "tables"])
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "cpd.jsonl")
-    parser.add_argument("--minutes", type=float, default=60, help="CPU minutes after which no further cell begins")
+    parser.add_argument("study", nargs="*", choices=list(STUDIES), help="of run; one after the other")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "cpd", help="folder of teachers and finished cells")
+    parser.add_argument("--minutes", type=float, default=60, help="CPU minutes a study after which no cell begins")
     arguments = parser.parse_args()
-    if arguments.what == "run":
-        run(arguments.out, arguments.minutes)
-    else:
+    if arguments.what == "tables":
         tables(arguments.out)
+    for name in arguments.study:
+        Runner(name, arguments.out, arguments.minutes).run()
