@@ -16,7 +16,7 @@ step() {
 }
 
 build() { step env CPD_CUDA=ON "$@" "$python" -m pip install --quiet --no-build-isolation --no-deps -e .; }
-tests() { step "$python" -m pytest tests/ops tests/distill tests/score -q; }
+tests() { step "$python" -m pytest tests/ops tests/distill tests/score tests/prune tests/memory tests/recipes -q; }
 benches() { # name, environment
   local name=$1
   shift

@@ -213,7 +213,14 @@ class Student:
     def __init__(self, study: Study, task: Any, teacher: nn.Module, distil: str) -> None:
         self.teacher, self.distil, self.at, self.task_loss = teacher, distil, task.distill_at, task.loss()
         imitation = cpd.losses.ChannelWiseKL if task.data.is_segmentation else cpd.losses.LogitKL
-        self.logits = imitation(study.temperature, loss_weight=study.weight)
+        self.logits: nn.Module = imitation(study.temperature, loss_weight=study.weight)
+        self.relations: nn.Module | None = None
+        if distil == "pixel KL":
+            self.logits = cpd.losses.LogitKL(temperature=1.0)
+        elif distil == "CIRKD":  # on the logits, whose width pruning leaves alone
+            k = len(task.data.classes)
+            self.relations = cpd.losses.CIRKD(k, k, k, contrast_pixels=512, contrast_regions=128, pixel_slots=500,
+                                              region_slots=100)  # fmt: skip
         self.features: nn.Module | None = None
         if "features" in distil:
             width = teacher.classify.in_features
@@ -229,7 +236,10 @@ class Student:
             with torch.no_grad():
                 self.teacher(x)
             total = self.task_loss(model(x), y)
-        if "logits" in self.distil:
+        if self.relations is not None:
+            logits_S, logits_T = heard[0][-1], wanted[0][-1]
+            total = total + self.relations(logits_S, logits_T, y, logits_S, logits_T)
+        elif "logits" in self.distil or self.distil == "pixel KL":
             total = total + self.logits(heard[0][-1], wanted[0][-1])
         if self.features is not None:
             total = total + self.features(heard[-1][-1], wanted[-1][-1])
@@ -256,7 +266,8 @@ def run_cell(
     optimizer: torch.optim.Optimizer = adamw(model, 1e-2)
     torch.manual_seed(stage)
     student = Student(study, task, teacher, distil)
-    extra = None if student.features is None else torch.optim.AdamW(student.features.parameters(), lr=study.lr)
+    learnt = student.features or student.relations
+    extra = None if learnt is None else torch.optim.AdamW(learnt.parameters(), lr=study.lr)
     execution = "auto" if student.features is None else "full_width"
     pruning, out = make(study, method, model, optimizer, keep, execution), {}
     model, average, first = pruning.model, None, study.total
@@ -335,11 +346,12 @@ class Runner:
             for seed in SEEDS:
                 for method in ("best", *study.rivals):
                     self.cell(method, keep, "logits", seed)
+        for seed in SEEDS:
+            for distil in study.losses:
+                self.cell("best", keeps[0], distil, seed)
         if not study.is_ablated:
             return
         for seed in SEEDS:
-            for distil in ("none", "logits", "features", "logits+features", "logits, fine-tuning only"):
-                self.cell("best", ABLATED_AT, distil, seed)
             for method in ("magnitude at once", *variants(study)):
                 self.cell(method, ABLATED_AT, "logits", seed)
         for seed in SEEDS:

@@ -33,7 +33,8 @@ class Study:
         lr: Of pruning and fine-tuning.
         keeps: Shares of the MACs that remain.
         rivals: Methods beside ``best`` at each of them.
-        is_ablated: Whether all variants and distillation losses are compared at ``ABLATED_AT``.
+        losses: Other distillations of ``best``, compared at the share nearest to ``ABLATED_AT``.
+        is_ablated: Whether all variants are compared at ``ABLATED_AT``.
         temperature: Of the distillation loss.
         weight: Of the distillation loss.
     """
@@ -48,6 +49,7 @@ class Study:
     lr: float
     keeps: tuple[float, ...]
     rivals: tuple[str, ...] = RIVALS
+    losses: tuple[str, ...] = ()
     is_ablated: bool = False
     temperature: float = 4.0
     weight: float = 1.0
@@ -138,7 +140,8 @@ SHORT = dict(batch=128, epoch=SHORT_EPOCH, teacher=9 * SHORT_EPOCH, prune=60, fi
              lr=2e-3)  # fmt: skip
 LONG = {**SHORT, "epoch": EPOCH, "teacher": 4 * EPOCH, "prune": 140, "finetune": EPOCH}
 STUDIES: dict[str, Study] = {
-    "small": Study(partial(pictures, "ResNet 16/32/64"), **SHORT, keeps=(0.7, 0.5, 0.3, 0.2), is_ablated=True),
+    "small": Study(partial(pictures, "ResNet 16/32/64"), **SHORT, keeps=(0.7, 0.5, 0.3, 0.2, 0.1, 0.05),
+        losses=("none", "features", "logits+features", "logits, fine-tuning only"), is_ablated=True),
     "large": Study(
         partial(pictures, "ResNet 32/64/128"), **LONG, keeps=(0.465, 0.2325), rivals=("uniform width", RIVALS[2])
     ),
@@ -146,6 +149,7 @@ STUDIES: dict[str, Study] = {
     "mobilenet": Study(partial(pictures, "MobileNet 16/32/64, expansion 4"), **SHORT, keeps=(0.5, 0.3)),
     "climate": Study(
         landscape, batch=16, epoch=100, teacher=200, prune=60, finetune=100, lr_teacher=1.5e-3, lr=8e-4,
-        keeps=(0.5, 0.3), rivals=("uniform width", RIVALS[2]), temperature=1.0, weight=3.0,
+        keeps=(0.5, 0.3), rivals=("uniform width", RIVALS[2]), losses=("none", "pixel KL", "CIRKD"),
+        temperature=1.0, weight=3.0,
     ),
 }  # fmt: skip
