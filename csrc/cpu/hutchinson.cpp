@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/philox.h"
+#include "cpu/signed_sums.h"
 #include "cpu/simd.h"
 
 namespace cpd {
@@ -20,23 +21,10 @@ namespace {
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-constexpr int64_t kChunk = 2048;                                           // elements: 8 KiB of fp32, with their signs
-constexpr int64_t kWords = (kChunk + 2 * kBlock) / 32 + 4 * kPhiloxLanes;  // a chunk may start inside a block
-constexpr int64_t kItemElements = 1 << 18, kItemWidth = 1 << 14, kItemRows = 512;  // rows: fp32 columns stay exact
+constexpr int64_t kItemElements = 1 << 18, kItemWidth = 1 << 14, kItemRows = 1 << 14;
+constexpr int64_t kColumnElements = 1 << 20, kColumnRows = 512;  // with columns, which cost an item a pass; in fp32
 constexpr int64_t kFillElements = 1 << 16;
-
-// The signs of elements [begin, end) of a tensor.
-struct Signs {
-  uint32_t words[kWords];
-  int64_t base = 0;
-
-  void make(int64_t begin, int64_t end, const Counter& counter) {
-    base = begin / kBlock * kBlock;
-    philox(base / kBlock, (end - base + kBlock - 1) / kBlock, counter, words);
-  }
-  const char* bytes(int64_t i) const { return reinterpret_cast<const char*>(words) + ((i - base) >> 3); }
-  uint32_t bit(int64_t i) const { return words[(i - base) >> 5] >> ((i - base) & 31) & 1u; }
-};
+constexpr int64_t kShort = 128;  // rows up to this long are summed sixteen at a time
 
 // Calls whole(word, i) for i = 0, 32, .. of whole words in [begin, end), single(bit, i) for what is left; i counts from
 // begin.
@@ -107,7 +95,7 @@ inline void each_last(int64_t begin, int64_t end, int64_t channels, int64_t inne
 template <class A>
 struct Room {
   Signs signs;
-  A chunk[kChunk], loaded[kChunk];
+  A chunk[kChunk + VectorOf<A>::kLanes], loaded[kChunk];
   std::vector<A> columns;
 };
 
@@ -123,83 +111,27 @@ inline int64_t num_channels(const ReduceEntry& entry, const Item& item) {
   return (item.e1 - 1) / entry.inner + 1 - first_channel(entry, item);
 }
 
-// A vector of 64 bytes, whatever the instruction set makes of it.
-template <class A>
-struct VectorOf {
-  using Bits = std::conditional_t<std::is_same_v<A, double>, uint64_t, uint32_t>;
-  typedef A Values __attribute__((vector_size(64)));
-  typedef Bits Lanes __attribute__((vector_size(64)));
-  static constexpr int64_t kLanes = 64 / sizeof(A);
-  static constexpr int kTop = 8 * sizeof(A) - 1;
-
-  static Values load(const A* x) {
-    Values v;
-    std::memcpy(&v, x, sizeof(v));
-    return v;
+// Adds alpha times n sums to the result, from out[start] on.
+template <class O>
+void finish_as(const HutchinsonReduce& args, const ReduceEntry& entry, int64_t start, int64_t n, const double* sums) {
+  O* out = static_cast<O*>(args.out) + start;
+  const O alpha = O(args.alpha);
+  O worst = 0;  // NaN where a sum is not finite
+  for (int64_t i = 0; i < n; ++i) {
+    const O sum = O(sums[i]);
+    worst += sum * 0;
+    out[i] += alpha * sum;
   }
-  static void store(A* x, Values v) { std::memcpy(x, &v, sizeof(v)); }
-  // How far each lane's sign is from the top of a word whose bit `skip` is the first lane's.
-  static Lanes shifts(int skip) {
-    Lanes s{};
-    for (int j = 0; j < kLanes; ++j) s[j] = Bits(kTop - skip - j);
-    return s;
-  }
-  static Values flip(Values x, uint32_t word, Lanes shifts) {
-    const Lanes signs = ((Lanes{} + Bits(word)) << shifts) & (Lanes{} + (Bits(1) << kTop));
-    return reinterpret_cast<Values>(reinterpret_cast<Lanes>(x) ^ signs);
-  }
-  static A sum(Values v) {
-    A a[kLanes];
-    store(a, v);
-    for (int64_t n = kLanes / 2; n > 0; n /= 2) {
-      for (int64_t j = 0; j < n; ++j) a[j] += a[j + n];
-    }
-    return a[0];
-  }
-};
-
-// The sum of v * x, or of x * x, over n values, the first of which is element `first`; with columns, each product is
-// also added to its column on the way. Four vectors of sums: one would wait for the adder at every step.
-template <bool kSigns, bool kColumns, class A>
-inline double sum_of(const A* x, int64_t n, const Signs& signs, int64_t first, A* columns) {
-  using V = VectorOf<A>;
-  constexpr int64_t kLanes = V::kLanes;
-  typename V::Values sums[4] = {};
-  // Bytes of signs, and where the first sign lies in the first of them: the same for every vector.
-  const char* bytes = signs.bytes(first);
-  const typename V::Lanes shifts = V::shifts(int((first - signs.base) & 7));
-  const auto step = [&](int64_t i, typename V::Values* sum) {
-    typename V::Values y = V::load(x + i);
-    if (kSigns) {
-      uint32_t word;
-      std::memcpy(&word, bytes + i / 8, 4);
-      y = V::flip(y, word, shifts);
-    } else {
-      y *= y;
-    }
-    *sum += y;
-    if (kColumns) V::store(columns + i, V::load(columns + i) + y);
-  };
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    step(i, sums);
-    step(i + kLanes, sums + 1);
-    step(i + 2 * kLanes, sums + 2);
-    step(i + 3 * kLanes, sums + 3);
-  }
-  for (; i + kLanes <= n; i += kLanes) step(i, sums);
-  A total = n < kLanes ? A(0) : V::sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; i < n; ++i) {
-    const A y = !kSigns ? x[i] * x[i] : signs.bit(first + i) ? -x[i] : x[i];
-    total += y;
-    if (kColumns) columns[i] += y;
-  }
-  return double(total);
+  if (!std::isfinite(worst)) __atomic_store_n(args.bad + entry.tensor, 1, __ATOMIC_RELAXED);  // maybe by two items
+}
+void finish(const HutchinsonReduce& args, const ReduceEntry& entry, int64_t start, int64_t n, const double* sums) {
+  args.is_double ? finish_as<double>(args, entry, start, n, sums) : finish_as<float>(args, entry, start, n, sums);
 }
 
 template <class T>
 class ItemSum {
   using A = compute_t<T>;
+  static constexpr int64_t kLanes = VectorOf<A>::kLanes;
 
  public:
   ItemSum(const HutchinsonReduce& args, const Item& item, Room<A>* room, double* partials)
@@ -212,27 +144,36 @@ class ItemSum {
         length_(entry_.channels * entry_.inner) {}
 
   void run() {
-    const int64_t width = item_.e1 - item_.e0;
-    if (wants_columns()) room_.columns.assign(size_t(width), A(0));
-    if (wants_rows()) std::fill_n(partials_ + item_.row_sums, item_.r1 - item_.r0, 0.0);
+    const int64_t width = item_.e1 - item_.e0, rows = item_.r1 - item_.r0;
+    if (wants_columns()) room_.columns.assign(size_t(width) + kLanes, A(0));
+    if (wants_rows()) std::fill_n(partials_ + item_.row_sums, rows, 0.0);
     if (width == length_) {
       range(item_.r0 * length_, item_.r1 * length_);
     } else {
       for (int64_t r = item_.r0; r < item_.r1; ++r) range(r * length_ + item_.e0, r * length_ + item_.e1);
     }
     if (wants_columns()) fold_columns();
+    if (wants_rows() && width == length_) {
+      finish(args_, entry_, entry_.row_start + item_.r0, rows, partials_ + item_.row_sums);
+    }
   }
 
  private:
   bool wants_rows() const { return entry_.row_start >= 0; }
   bool wants_columns() const { return entry_.column_start >= 0; }
 
+  bool is_short() const { return length_ <= kShort; }
+
   void range(int64_t begin, int64_t end) {
     while (begin < end) {
-      const int64_t stop = std::min(end, (begin / kChunk + 1) * kChunk);
+      const int64_t stop = std::min(end, chunk_end(begin));
       add(values(begin, stop), begin, stop);
       begin = stop;
     }
+  }
+  int64_t chunk_end(int64_t begin) const {
+    if (is_short()) return (begin / kBlock * kBlock + kChunk) / length_ * length_;  // whole rows
+    return (begin / kChunk + 1) * kChunk;
   }
 
   // Elements [begin, end) in logical order, in the type that is computed in; and their signs.
@@ -246,8 +187,6 @@ class ItemSum {
                 [&](int64_t offset, int64_t i) { room_.loaded[i] = widen(x_[offset]); });
       return room_.loaded;
     }
-    // Hardware prefetchers stop at the end of a page.
-    for (int64_t i = 0; i < end - begin; i += int64_t(64 / sizeof(T))) __builtin_prefetch(x_ + end + i, 0, 3);
     return load(x_ + begin, room_.loaded, end - begin);
   }
 
@@ -263,28 +202,41 @@ class ItemSum {
   void add(const A* x, int64_t begin, int64_t end) {
     double* rows = partials_ + item_.row_sums;
     int64_t r = begin / length_, e = begin - r * length_;
+    if (is_short()) {
+      const int64_t count = (end - begin) / length_;
+      write_products(Products<kSigns, A>(x, room_.signs, begin), end - begin, room_.chunk);
+      if (wants_rows()) add_row_sums(room_.chunk, count, length_, rows + (r - item_.r0));
+      if (kColumns) add_columns(count);
+      return;
+    }
     for (int64_t at = begin; at < end; ++r, e = 0) {
       const int64_t n = std::min(length_ - e, end - at);
       A* columns = kColumns ? room_.columns.data() + (e - item_.e0) : nullptr;
-      const double sum = sum_of<kSigns, kColumns>(x + (at - begin), n, room_.signs, at, columns);
+      const double sum = sum_of<kColumns>(Products<kSigns, A>(x + (at - begin), room_.signs, at), n, columns);
       if (wants_rows()) rows[r - item_.r0] += sum;
       at += n;
+    }
+  }
+
+  void add_columns(int64_t rows) {
+    A* columns = room_.columns.data();
+    for (int64_t r = 0; r < rows; ++r) {
+      const A* y = room_.chunk + r * length_;
+      for (int64_t e = 0; e < length_; ++e) columns[e] += y[e];
     }
   }
 
   void fold_columns() {
     double* to = partials_ + item_.column_sums;
     const A* from = room_.columns.data();
-    if (entry_.inner == 1) {
-      for (int64_t e = item_.e0; e < item_.e1; ++e) *to++ = double(*from++);
-      return;
-    }
-    for (int64_t e = item_.e0; e < item_.e1;) {
-      const int64_t stop = std::min(item_.e1, (e / entry_.inner + 1) * entry_.inner);
-      double sum = 0;
-      for (; e < stop; ++e) sum += double(*from++);
-      *to++ = sum;
-    }
+    const int64_t inner = entry_.inner;
+    std::fill_n(to, num_channels(entry_, item_), 0.0);
+    int64_t e = item_.e0;
+    for (; e < item_.e1 && e % inner != 0; ++e) *to += double(*from++);  // of a channel that began in another item
+    if (e > item_.e0) ++to;
+    const int64_t whole = (item_.e1 - e) / inner;
+    add_row_sums(from, whole, inner, to);
+    for (e += whole * inner, from += whole * inner, to += whole; e < item_.e1; ++e) *to += double(*from++);
   }
 
   const HutchinsonReduce& args_;
@@ -304,8 +256,9 @@ int64_t plan(const HutchinsonReduce& args, std::vector<Item>* items) {
     const ReduceEntry& entry = args.entries[i];
     if (args.data[entry.tensor] == nullptr) continue;
     const int64_t length = entry.channels * entry.inner, width = std::min(length, kItemWidth);
-    int64_t rows = std::max<int64_t>(1, kItemElements / width);
-    if (entry.column_start >= 0) rows = std::min(rows, kItemRows);
+    const bool columns = entry.column_start >= 0;
+    const int64_t most = columns ? kColumnRows : kItemRows;
+    const int64_t rows = std::clamp<int64_t>((columns ? kColumnElements : kItemElements) / width, 1, most);
     for (int64_t r0 = 0; r0 < entry.rows; r0 += rows) {
       for (int64_t e0 = 0; e0 < length; e0 += width) {
         Item item{i, r0, std::min(entry.rows, r0 + rows), e0, std::min(length, e0 + width), partials, 0};
@@ -319,26 +272,16 @@ int64_t plan(const HutchinsonReduce& args, std::vector<Item>* items) {
   return partials;
 }
 
-// The partial sums of one entry's items, in order, to the result.
-template <class O>
+// The partial sums of one entry's items, in order, to the result: of columns, and of rows that items share.
 void combine(const HutchinsonReduce& args, const Item* first, const Item* last, const double* partials,
              std::vector<double>* room) {
   const ReduceEntry& entry = args.entries[first->entry];
-  O* out = static_cast<O*>(args.out);
-  bool is_finite = true;
-  const auto finish = [&](int64_t start, int64_t n, const double* sums) {
-    for (int64_t i = 0; i < n; ++i) {
-      const O sum = O(sums[i]);
-      is_finite &= bool(std::isfinite(sum));
-      out[start + i] += O(args.alpha) * sum;
-    }
-  };
-  if (entry.row_start >= 0) {
+  if (entry.row_start >= 0 && first->e1 < entry.channels * entry.inner) {
     room->assign(size_t(entry.rows), 0.0);
     for (const Item* item = first; item < last; ++item) {
       for (int64_t r = item->r0; r < item->r1; ++r) (*room)[size_t(r)] += partials[item->row_sums + r - item->r0];
     }
-    finish(entry.row_start, entry.rows, room->data());
+    finish(args, entry, entry.row_start, entry.rows, room->data());
   }
   if (entry.column_start >= 0) {
     room->assign(size_t(entry.channels), 0.0);
@@ -347,9 +290,8 @@ void combine(const HutchinsonReduce& args, const Item* first, const Item* last, 
       const int64_t n = num_channels(entry, *item);
       for (int64_t c = 0; c < n; ++c) to[c] += partials[item->column_sums + c];
     }
-    finish(entry.column_start, entry.channels, room->data());
+    finish(args, entry, entry.column_start, entry.channels, room->data());
   }
-  if (!is_finite) __atomic_store_n(args.bad + entry.tensor, 1, __ATOMIC_RELAXED);  // maybe by two entries
 }
 
 void run_item(const HutchinsonReduce& args, const Item& item, Room<float>* room, Room<double>* wide, double* partials) {
@@ -528,12 +470,7 @@ void hutchinson_reduce(const HutchinsonReduce& args) {
     for (int64_t i = 0; i < count; ++i) run_item(args, all[i], &room, &wide, sums);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < int64_t(firsts.size()) - 1; ++i) {
-      const Item *first = all + firsts[size_t(i)], *last = all + firsts[size_t(i) + 1];
-      if (args.is_double) {
-        combine<double>(args, first, last, sums, &totals);
-      } else {
-        combine<float>(args, first, last, sums, &totals);
-      }
+      combine(args, all + firsts[size_t(i)], all + firsts[size_t(i) + 1], sums, &totals);
     }
   }
 }

@@ -1,5 +1,6 @@
 """What the engines of HessianTrace promise: which runs and why, when it stops, and where finite differences work."""
 
+import gc
 from functools import partial
 
 import pytest
@@ -223,6 +224,8 @@ def test_a_distributed_wrapper_is_looked_through(tmp_path):
             assert all(torch.equal(scores[n], plain[n]) for n in plain)
         cross_entropy(wrapped.train(), batch).backward()  # and training goes on as before
         assert model.conv1.weight.grad is not None
+        del wrapped
+        gc.collect()  # or it ends the group: waiting for gloo's thread, which waits for the interpreter's lock
     finally:
         torch.distributed.destroy_process_group()
 
