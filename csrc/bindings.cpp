@@ -12,8 +12,9 @@
 
 namespace py = pybind11;
 
-void bind_hutchinson(py::module_& m);   // bindings_hutchinson.cpp
-void bind_masked_conv(py::module_& m);  // bindings_masked_conv.cpp
+void bind_hutchinson(py::module_& m);  // bindings_hutchinson.cpp
+void bind_masked_conv(py::module_& m);
+void bind_masked_groups(py::module_& m);  // bindings_masked_conv.cpp
 
 namespace {
 
@@ -152,6 +153,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("resized_kl", &resized_kl, no_gil);
   bind_hutchinson(m);
   bind_masked_conv(m);
+  bind_masked_groups(m);
 #ifdef CPD_WITH_CUDA
   m.def("channel_kl_cuda", &channel_kl_cuda, no_gil);
   m.def("channel_kl_cuda_scratch", [](int dtype, int64_t outer, int64_t reduce, int64_t inner) {

@@ -8,17 +8,20 @@
 #include "channel_kl.h"
 #include "hutchinson.h"
 #include "masked_depthwise.h"
+#include "masked_groups.h"
 
 // Each op names its bodies once here; a new op adds one line to each of the two lists.
-#define CPD_FOR_EACH_OP(X)               \
-  X(channel_kl, ChannelKl)               \
-  X(scale_rows, ScaleRows)               \
-  X(resized_kl, ResizedKl)               \
-  X(rademacher, Rademacher)              \
-  X(hutchinson_reduce, HutchinsonReduce) \
-  X(channel_sums, ChannelSums)           \
-  X(masked_depthwise, MaskedDepthwise)   \
-  X(masked_depthwise_input, MaskedDepthwise) X(masked_depthwise_weight, MaskedDepthwise)
+#define CPD_FOR_EACH_OP(X)                    \
+  X(channel_kl, ChannelKl)                    \
+  X(scale_rows, ScaleRows)                    \
+  X(resized_kl, ResizedKl)                    \
+  X(rademacher, Rademacher)                   \
+  X(hutchinson_reduce, HutchinsonReduce)      \
+  X(channel_sums, ChannelSums)                \
+  X(masked_depthwise, MaskedDepthwise)        \
+  X(masked_depthwise_input, MaskedDepthwise)  \
+  X(masked_depthwise_weight, MaskedDepthwise) \
+  X(masked_groups, MaskedGroups) X(masked_groups_input, MaskedGroups) X(masked_groups_weight, MaskedGroups)
 
 namespace cpd {
 

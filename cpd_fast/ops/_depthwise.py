@@ -10,21 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpd_fast.ops import _dispatch
+from cpd_fast.ops._direct import gradients_again
 from cpd_fast.ops._masked_channels import Channels, Geometry, index_of
 from cpd_fast.ops._masked_compact import compact_conv2d
 
 
-def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> str | None:
-    """Why the native body cannot run, or would not be the best; None if it runs."""
-    if groups == 1 or weight.shape[:2] != (groups, 1):
-        return "is for depthwise layers, one output channel for each input channel"
-    if reason := _dispatch._WHY_NOT["cpu"](x):
-        return reason
-    if not x.is_contiguous():
-        return f"needs contiguous NCHW, got strides {tuple(x.stride())}"
-    if any(t.dtype != x.dtype for t in (weight, bias) if t is not None) or torch.is_autocast_enabled("cpu"):
-        return "needs one dtype for all tensors, outside autocast"
-    return None
+def is_better(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether this is the faster of the native bodies, both of which could run."""
+    return weight.shape[:2] == (groups, 1) and x.is_contiguous()
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, channels: Channels, geometry: Geometry) -> Tensor:
@@ -77,12 +70,10 @@ class Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, bias = ctx.saved_tensors
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True: the result must be differentiable
-            wanted = [t for t, need in zip((x, weight, bias), (need_x, need_w, need_b), strict=True) if need]
             y = depthwise_reference(x, weight, bias, ctx.places, grad.shape[1], ctx.geometry)
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return *(next(found) if need else None for need in (need_x, need_w, need_b)), None, None, None, None
+            return *gradients_again(ctx, y, grad), None, None, None, None
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
         grad = grad.contiguous()
         dx = torch.empty_like(x) if need_x else None
         dw = torch.empty(weight.shape, dtype=weight.dtype) if need_w or need_b else None

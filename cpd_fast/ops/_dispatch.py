@@ -117,12 +117,13 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
 EXPLAINERS: dict[str, Callable[..., str]] = {}
 
 
-def explain_backend(op: str, *args: Any) -> str:
+def explain_backend(op: str, *args: Any, **options: Any) -> str:
     """Say which backend would run ``op`` on these arguments, and why the others do not.
 
     Args:
         op: Name of an op of :mod:`cpd_fast.ops`.
         *args: What the op would be called with; the first tensor decides.
+        **options: What it would be given by name, where that decides as well (masked layers).
 
     Returns:
         One line a backend; the first names the one that runs.
@@ -138,7 +139,7 @@ def explain_backend(op: str, *args: Any) -> str:
     if tensor is None:
         raise ValueError(f"explain_backend({op!r}): give the arguments of the op, at least one of them a tensor")
     if op in EXPLAINERS:
-        return EXPLAINERS[op](op, *args)
+        return EXPLAINERS[op](op, *args, **options)
     chosen = choose(op, tensor)
     detail = f" ({_native().current_isa()})" if chosen == "cpu" else ""  # type: ignore[union-attr]
     lines = [f"{op}: {chosen}{detail}"]

@@ -1,80 +1,39 @@
 """Convolutions and linear layers of which only some channels are alive: a masked channel costs nothing.
 
-Two bodies. The *reference* fills with zeros and calls the library's convolution at full width: its shapes do not depend
-on the masks, so it is what compilers and ``torch.func`` see. *compact* calls the library on weights without the masked
-rows and columns; convolution groups with different numbers of live channels are sorted into buckets of equal numbers,
-each one grouped convolution, and groups without live channels are never touched.
+The *reference* fills with zeros and calls the library's convolution at full width: its shapes do not depend on the
+masks, so it is what compilers and ``torch.func`` see. *compact* calls the library on weights without masked rows and
+columns; convolution groups with different numbers of live channels are sorted into buckets of equal numbers, each one
+grouped convolution, and groups without live channels are never touched. Direct bodies, for groups of few channels, read
+and write through index lists: no copy of an activation is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpd_fast.errors import BackendError, ShapeError
+from cpd_fast.errors import ShapeError
 from cpd_fast.ops import _depthwise, _dispatch
+from cpd_fast.ops._direct import direct_conv2d
 from cpd_fast.ops._masked_channels import Geometry, Keep, Pair, channels_of, check_input, check_keep, kept, pair_of
+from cpd_fast.ops._masked_choice import Call, choose, explain, linear_verdict, why_not_compact
 from cpd_fast.ops._masked_compact import compact_conv2d, compact_linear
 from cpd_fast.ops._masked_reference import masked_conv2d_reference, masked_linear_reference, narrow, widen
 
-# -------------------------------------------------------------------------------------------------------- the functions
-
-
-def _why_not_compact(*tensors: Tensor) -> str | None:
-    if _dispatch.is_watched(*tensors):
-        return "has shapes that depend on the masks: compilers and tensor subclasses get full width"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "does not run inside torch.func transforms (vmap, grad, jvp)"
-    return None
+for _name in ("masked_conv2d", "masked_linear"):
+    _dispatch.EXPLAINERS[_name] = explain
 
 
 def _check_lists(op: str, keeps: dict[str, tuple[Keep, int]], x: Tensor, *tensors: Tensor) -> None:
     """Check the lists for the reference: their values only where nobody traces."""
     for name, (keep, channels) in keeps.items():
-        if _why_not_compact(x, *tensors) is None:
+        if why_not_compact(x, *tensors) is None:
             kept(op, name, keep, channels, x.device)
         elif isinstance(keep, Tensor):
             check_keep(op, name, keep, channels, x.device)
-
-
-def _choose(op: str, backend: str | None, why_not_cpu: Callable[[], str | None], *tensors: Tensor) -> str:
-    """Name the body that runs: cpu, compact or reference. Compilers trace this: they never come to ``why_not_cpu``.
-
-    Raises:
-        BackendError: If the one asked for does not exist or cannot run this call.
-    """
-    compact = _why_not_compact(*tensors)
-    reasons = {"cpu": compact or why_not_cpu(), "compact": compact, "reference": None}
-    if backend is None:
-        return next(name for name, reason in reasons.items() if reason is None)
-    if backend not in reasons:
-        raise BackendError(f"{op}: unknown backend {backend!r}; choose one of {', '.join(reasons)}")
-    if reasons[backend]:
-        raise BackendError(f"{op}: backend {backend!r} {reasons[backend]}")
-    return backend
-
-
-def _explain(op: str, *args: Any) -> str:
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    compact = "compact (the library's kernels on weights without masked channels)"
-    if reason := _why_not_compact(*tensors):
-        return f"{op}: reference\n  not cpu: {reason}\n  not compact: {reason}"
-    numbers = [a for a in args if isinstance(a, int)]
-    if op == "masked_linear" or len(tensors) < 2:
-        return f"{op}: {compact}\n  not cpu: is for depthwise layers\n  not reference: comes later in the order"
-    x, weight = tensors[:2]
-    groups = numbers[-1] if len(args) > 6 else 1
-    if reason := _depthwise.why_not(x, weight, None, groups):
-        return f"{op}: {compact}\n  not cpu: {reason}\n  not reference: comes later in the order"
-    return f"{op}: cpu ({_dispatch._native().current_isa()})\n  not compact, reference: come later in the order"  # type: ignore[union-attr]
-
-
-for _name in ("masked_conv2d", "masked_linear"):
-    _dispatch.EXPLAINERS[_name] = _explain
 
 
 def masked_conv2d(
@@ -112,8 +71,8 @@ def masked_conv2d(
         compact_input: ``x`` holds the live channels only, in order: shape ``(N, len(in_keep), H, W)``. Between coupled
             layers this saves the copy that taking them out costs.
         compact_output: So shall the result.
-        backend: ``None`` (the first that can run), ``"cpu"`` (depthwise layers), ``"compact"`` or ``"reference"``; see
-            :func:`explain_backend`.
+        backend: ``None`` (the one that suits the layer), ``"cpu"`` (depthwise layers, groups of at most 16 channels),
+            ``"compact"`` or ``"reference"``; see :func:`explain_backend`.
 
     Returns:
         Shape ``(N, C_out, H_out, W_out)``, masked channels exactly 0; with ``compact_output`` the live ones only.
@@ -141,7 +100,8 @@ def masked_conv2d(
             f"shape {tuple(x.shape)} with padding {geometry.padding}"
         )
     tensors = [t for t in (x, weight, bias) if t is not None]
-    chosen = _choose(op, backend, lambda: _depthwise.why_not(x, weight, bias, groups), *tensors)
+    call = Call(x, weight, bias, groups, compact_input, compact_output)
+    chosen = choose(op, backend, call.verdict, *tensors)
     if chosen != "reference":
         outputs = kept(op, "out_keep", out_keep, weight.shape[0], x.device)
         inputs = kept(op, "in_keep", in_keep, in_channels, x.device)
@@ -149,8 +109,11 @@ def masked_conv2d(
         if outputs is None and inputs is None and backend is None:
             return F.conv2d(x, weight, bias, *geometry, groups)
         channels = channels_of(outputs, inputs, len(weight), in_channels, groups, compact_input, compact_output)
-        body = _depthwise.depthwise_conv2d if chosen == "cpu" else compact_conv2d
-        return body(x, weight, bias, channels, geometry)
+        if chosen == "compact":
+            return compact_conv2d(x, weight, bias, channels, geometry)
+        if _depthwise.is_better(x, weight, groups):
+            return _depthwise.depthwise_conv2d(x, weight, bias, channels, geometry)
+        return direct_conv2d(x, weight, bias, channels, geometry)
     _check_lists(op, {"out_keep": (out_keep, weight.shape[0]), "in_keep": (in_keep, in_channels)}, *tensors)
     x = widen(x, 1, in_keep, in_channels) if compact_input else x
     check_input(op, x, weight, bias, in_channels, None)
@@ -219,7 +182,7 @@ def masked_linear(
         raise ShapeError(f"{op}: expected input (..., F) and weight of 2 dims, got {x.dim()} and {weight.dim()} dims")
     out_features, in_features = weight.shape
     tensors = [t for t in (x, weight, bias) if t is not None]
-    if _choose(op, backend, lambda: "is for depthwise convolutions", *tensors) == "reference":
+    if choose(op, backend, linear_verdict, *tensors) == "reference":
         _check_lists(op, {"out_keep": (out_keep, out_features), "in_keep": (in_keep, in_features)}, *tensors)
         x = widen(x, -1, in_keep, in_features) if compact_input else x
         check_input(op, x, weight, bias, in_features, None)

@@ -272,18 +272,6 @@ void backward_weight(const MaskedDepthwise& a) {
 
 }  // namespace
 
-#define CPD_FOR_DTYPE(function)        \
-  switch (args.dtype) {                \
-    case Dtype::kF32:                  \
-      return function<float>(args);    \
-    case Dtype::kF64:                  \
-      return function<double>(args);   \
-    case Dtype::kF16:                  \
-      return function<half_t>(args);   \
-    case Dtype::kBF16:                 \
-      return function<bfloat_t>(args); \
-  }
-
 void masked_depthwise(const MaskedDepthwise& args) {
   CPD_FOR_DTYPE(forward)
 }

@@ -148,3 +148,16 @@ inline double log_positive(double x) {
 }  // namespace
 }  // namespace CPD_ISA
 }  // namespace cpd
+
+// The body of a function of `args`, by the type of their tensors.
+#define CPD_FOR_DTYPE(function)        \
+  switch (args.dtype) {                \
+    case Dtype::kF32:                  \
+      return function<float>(args);    \
+    case Dtype::kF64:                  \
+      return function<double>(args);   \
+    case Dtype::kF16:                  \
+      return function<half_t>(args);   \
+    case Dtype::kBF16:                 \
+      return function<bfloat_t>(args); \
+  }

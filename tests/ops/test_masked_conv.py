@@ -31,7 +31,14 @@ LAYERS = {
     "depthwise_1x1": (4, 4, 1, 6, 7, {"groups": 4, "padding": 1}),
     "depthwise_long": (2, 2, 7, 40, 37, {"groups": 2, "padding": 3}),
     "depth_multiplier": (6, 12, 5, 7, 7, {"groups": 6, "padding": 2, "stride": 2}),
+    "grouped_1x1": (15, 10, 1, 3, 2, {"groups": 5, "stride": 2}),
+    "grouped_prime": (39, 15, 3, 13, 17, {"groups": 3, "padding": (0, 1), "stride": (1, 3), "dilation": (2, 1)}),
+    "grouped_even": (32, 30, 4, 9, 33, {"groups": 2, "padding": (1, 3), "stride": 2}),
+    "grouped_wide": (68, 68, 3, 5, 18, {"groups": 17, "padding": 1}),  # one place past a window of places
+    "grouped_tall": (8, 8, 3, 400, 65, {"groups": 2, "padding": 1}),  # several bands of rows
+    "grouped_far": (4, 4, 2, 6, 6, {"groups": 2, "padding": 4, "dilation": 5, "stride": 7}),  # rows of padding alone
 }
+DIRECT = [name for name in LAYERS if name.startswith(("depth", "grouped"))]
 SETS = ["all", "some", "one", "none", "group_dead", "ragged"]
 
 
@@ -65,9 +72,9 @@ def expected_of(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | No
     return y if out is None else y * out.to(x.dtype)[:, None, None]
 
 
-def skip_unless_native(backend: str, layer: str, memory_format: torch.memory_format) -> None:
-    if backend == "cpu" and (not layer.startswith("depthwise") or memory_format != torch.contiguous_format):
-        pytest.skip("depthwise layers in NCHW only")
+def skip_unless_native(backend: str, layer: str) -> None:
+    if backend == "cpu" and layer not in DIRECT:
+        pytest.skip("depthwise layers and small groups only")
     if backend == "cpu" and isinstance(_dispatch._native(), str):
         pytest.skip(_dispatch._native())
 
@@ -77,8 +84,10 @@ def skip_unless_native(backend: str, layer: str, memory_format: torch.memory_for
 @pytest.mark.parametrize("layer", LAYERS)
 def test_values_and_gradients(layer, backend, memory_format):
     groups = LAYERS[layer][5].get("groups", 1)
+    skip_unless_native(backend, layer)
     for out_kind, in_kind in itertools.product(SETS, SETS):
-        skip_unless_native(backend, layer, memory_format)
+        if layer == "grouped_tall" and (out_kind != in_kind or backend != "cpu"):
+            continue  # for the sake of one body
         x, weight, bias, arguments = made(layer)
         x = x.contiguous(memory_format=memory_format)
         out, inp = live(out_kind, weight.shape[0], groups, 1), live(in_kind, x.shape[1], groups, 2)
@@ -97,24 +106,27 @@ def test_values_and_gradients(layer, backend, memory_format):
             assert not ours[0][:, ~inp].any()
 
 
-@pytest.mark.parametrize("backend", ["reference", "compact"])
-@pytest.mark.parametrize("layer", ["3x3", "grouped", "depth_multiplier"])
-def test_what_is_masked_does_not_matter(layer, backend):
+@pytest.mark.parametrize("backend", ["reference", "compact", "cpu"])
+@pytest.mark.parametrize("layer", ["3x3", "grouped", "depth_multiplier", "depthwise"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_what_is_masked_does_not_matter(layer, backend, memory_format):
+    skip_unless_native(backend, layer)
     x, weight, bias, arguments = made(layer)
     groups = arguments.get("groups", 1)
     out, inp = live("some", weight.shape[0], groups, 1), live("some", x.shape[1], groups, 2)
     expected = masked_conv2d(x, weight, bias, **arguments, out_keep=out, in_keep=inp, backend=backend)
     x[:, ~inp], weight[~out], bias[~out] = math.nan, math.inf, math.nan
+    x = x.contiguous(memory_format=memory_format)
     for t in (x, weight, bias):
         t.requires_grad_()
     y = masked_conv2d(x, weight, bias, **arguments, out_keep=out, in_keep=inp, backend=backend)
-    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0 if memory_format == torch.contiguous_format else 1e-12)
     y.sum().backward()
     assert all(t.grad.isfinite().all() for t in (x, weight, bias))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("layer", ["3x3", "grouped", "depthwise"])
+@pytest.mark.parametrize("layer", ["3x3", "grouped", "grouped_wide", "depthwise", "depth_multiplier"])
 def test_compact_activations_between_layers(layer, memory_format):
     x, weight, bias, arguments = made(layer)
     groups = arguments.get("groups", 1)
@@ -123,7 +135,7 @@ def test_compact_activations_between_layers(layer, memory_format):
         out, inp = live(out_kind, weight.shape[0], groups, 1), live(in_kind, x.shape[1], groups, 2)
         full = masked_conv2d(x, weight, bias, **arguments, out_keep=out, in_keep=inp)
         small = x if inp is None else x[:, inp].contiguous(memory_format=memory_format)
-        native = layer == "depthwise" and small.is_contiguous() and not isinstance(_dispatch._native(), str)
+        native = layer in DIRECT and not isinstance(_dispatch._native(), str)
         for backend in ["reference", "compact", *(["cpu"] if native else [])]:
             y = masked_conv2d(
                 small, weight, bias, **arguments, out_keep=out, in_keep=inp, backend=backend,
@@ -140,14 +152,14 @@ def test_memory_format_is_kept():
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("layer", ["3x3", "grouped", "depthwise", "depthwise_stride"])
+@pytest.mark.parametrize("layer", ["3x3", "grouped", "depthwise", "depthwise_stride", "depth_multiplier"])
 def test_gradcheck(layer):
     x, weight, bias, arguments = made(layer)
     groups = arguments.get("groups", 1)
     keep = {"out_keep": live("ragged", weight.shape[0], groups, 1), "in_keep": live("some", x.shape[1], groups, 2)}
     x = x[:1, :, :3, :3].contiguous()
     inputs = tuple(t.clone().requires_grad_() for t in (x, weight, bias))
-    native = ["cpu"] if layer.startswith("depthwise") and not isinstance(_dispatch._native(), str) else []
+    native = ["cpu"] if layer in DIRECT and not isinstance(_dispatch._native(), str) else []
     for backend in ["reference", "compact", *native]:
 
         def function(x, w, b, backend=backend):
@@ -245,13 +257,17 @@ def test_nothing_alive_calls_no_convolution(monkeypatch):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layer", [name for name in LAYERS if name.startswith("depthwise")])
-def test_every_instruction_set_and_dtype_of_the_native_body(layer, dtype, isa, fresh_memory_is_nan):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("layer", [name for name in DIRECT if name != "grouped_tall"])
+def test_every_instruction_set_and_dtype_of_the_native_body(layer, memory_format, dtype, isa, fresh_memory_is_nan):
     native = _dispatch._native()
     if isinstance(native, str) or isa not in native.supported_isas():
         pytest.skip(f"no {isa} here")
     x, weight, bias, arguments = made(layer, dtype)
-    out, inp = live("some", len(weight), len(weight), 1), live("some", len(weight), len(weight), 2)
+    x = x.contiguous(memory_format=memory_format)
+    if memory_format == torch.channels_last:
+        weight = weight.contiguous(memory_format=memory_format)
+    out, inp = live("some", len(weight), 1, 1), live("some", x.shape[1], 1, 2)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     before = native.current_isa()
     native.set_isa(isa)
@@ -270,13 +286,16 @@ def test_every_instruction_set_and_dtype_of_the_native_body(layer, dtype, isa, f
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=rtol * b.abs().max().clamp(min=1).item())
 
 
-def test_the_native_body_gives_the_same_bits_for_any_number_of_threads():
-    x, weight, bias, arguments = made("depthwise_long", torch.float32)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("layer", ["depthwise_long", "grouped_wide", "grouped_tall"])
+def test_the_native_body_gives_the_same_bits_for_any_number_of_threads(layer, memory_format):
+    x, weight, bias, arguments = made(layer, torch.float32)
+    x = x.contiguous(memory_format=memory_format)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     results, before = [], torch.get_num_threads()
     for threads in (1, 1, 2):
         torch.set_num_threads(threads)
-        y = masked_conv2d(*inputs, **arguments, out_keep=[1])
+        y = masked_conv2d(*inputs, **arguments, out_keep=[1], backend="cpu")
         results.append((y.detach(), *torch.autograd.grad(y.square().sum(), inputs)))
     torch.set_num_threads(before)
     for result in results[1:]:
@@ -284,17 +303,25 @@ def test_the_native_body_gives_the_same_bits_for_any_number_of_threads():
 
 
 def test_explain():
-    x, weight = torch.zeros(1, 2, 3, 3), torch.zeros(2, 2, 1, 1)
+    x, weight = torch.zeros(1, 2, 9, 9), torch.zeros(2, 2, 1, 1)
     assert explain_backend("masked_conv2d", x, weight).startswith("masked_conv2d: compact (the library's kernels")
-    assert "not cpu: is for depthwise layers" in explain_backend("masked_conv2d", x, weight)
-    assert "not cpu: is for depthwise layers" in explain_backend("masked_linear", x, weight)
-    if not isinstance(_dispatch._native(), str):
-        text = explain_backend("masked_conv2d", x, weight[:, :1], None, 1, 0, 1, 2)
-        assert text.startswith("masked_conv2d: cpu (")
+    assert "not cpu: is for depthwise layers and groups of at most" in explain_backend("masked_conv2d", x, weight)
+    assert "not cpu: is for convolutions" in explain_backend("masked_linear", x, weight)
+    if isinstance(_dispatch._native(), str):
+        pytest.skip(_dispatch._native())
     last = x.contiguous(memory_format=torch.channels_last)
-    if not isinstance(_dispatch._native(), str):
-        text = explain_backend("masked_conv2d", last, weight[:, :1], None, 1, 0, 1, 2)
-        assert "not cpu: needs contiguous NCHW, got strides" in text
+    for images in (x, last):
+        text = explain_backend("masked_conv2d", images, weight[:, :1], groups=2)
+        assert text.startswith("masked_conv2d: cpu (native kernels")
+        assert "not compact: comes later in the order" in text
+    text = explain_backend("masked_conv2d", last, weight[:, :1], groups=2, compact_input=True, compact_output=True)
+    assert text.startswith("masked_conv2d: compact") and "not cpu: is slower than the library on compact" in text
+    text = explain_backend("masked_conv2d", torch.zeros(1, 2, 9, 18)[..., ::2], weight[:, :1], groups=2)
+    assert text.startswith("masked_conv2d: compact") and "needs contiguous NCHW or channels-last, got strides" in text
+    text = explain_backend("masked_conv2d", x[:, :, :8, :8].contiguous(), weight[:, :1], groups=2)
+    assert text.startswith("masked_conv2d: compact") and "not cpu: is slower than the library on depthwise" in text
+    text = explain_backend("masked_conv2d", x, weight[:, :1].double(), groups=2)
+    assert "not cpu: needs one dtype for all tensors" in text
 
 
 def test_messages():
@@ -329,7 +356,7 @@ def test_messages():
         masked_conv2d(x, weight, in_keep=[0, 1], compact_input=True)
     with pytest.raises(ShapeError, match=r"expected input \(N, C, H, W\) and weight of 4 dims, got 3 and 4"):
         masked_conv2d(x[0], weight)
-    with pytest.raises(BackendError, match="backend 'cpu' is for depthwise layers, one output channel for each"):
+    with pytest.raises(BackendError, match="backend 'cpu' is for depthwise layers and groups of at most 16 channels"):
         masked_conv2d(x, weight, backend="cpu")
     with pytest.raises(BackendError, match="unknown backend 'cudnn'; choose one of cpu, compact, reference"):
         masked_conv2d(x, weight, backend="cudnn")
