@@ -37,9 +37,8 @@ def quality_over_training(r: Results) -> str:
         return HEIGHT - max(0.0, min(value, 1.0)) * (HEIGHT - 10)
 
     line = "M" + "L".join(f"{a:.1f} {y(p[1]):.1f}" for a, p in zip(x, points, strict=True))
-    steps = f"M{x[0]:.1f} {y(points[0][2]):.1f}" + "".join(
-        f"H{a:.1f}V{y(p[2]):.1f}" for a, p in zip(x[1:], points[1:], strict=True)
-    )
+    drops = [((start.get("prune", 0) + n) / total, share) for n, share in r.steps] or [(p[0], p[2]) for p in points]
+    steps = f"M{LEFT} {y(1):.1f}" + "".join(f"H{LEFT + a * (WIDTH - LEFT):.1f}V{y(s):.1f}" for a, s in drops)
     grid = "".join(
         f'<path class="axis" d="M{LEFT} {y(v):.1f}H{WIDTH}"/><text x="{LEFT - 6}" y="{y(v) + 4:.1f}" '
         f'text-anchor="end">{v:g}</text>'
@@ -52,8 +51,8 @@ def quality_over_training(r: Results) -> str:
     return (
         f'<div class="legend"><span><i class="kept"></i>{name} on some pictures of the val split</span>'
         '<span><i class="gone"></i>share of MACs that remains</span></div>'
-        f'<div class="scroll"><svg class="wide" viewBox="0 0 {WIDTH} {HEIGHT + 8}" role="img" '
-        f'aria-label="{name} and MACs over training">{grid}<path class="line prune" d="{steps}"/>'
+        f'<div class="scroll"><svg class="wide" viewBox="0 0 {WIDTH + 4} {HEIGHT + 8}" role="img" '
+        f'aria-label="{name} and MACs over training">{grid}<path class="line prune" d="{steps}H{WIDTH}"/>'
         f'<path class="line finetune" d="{line}"/>{dots}</svg></div>'
     )
 

@@ -263,7 +263,7 @@ def _curve(r: Results) -> str:
 
 
 def _made(r: Results) -> list[str]:
-    settings = ", ".join(f"{k} {v}" for k, v in r.settings.items())
+    settings = ", ".join(f"{k} {v}" for k, v in r.settings.items() if v != "")
     facts = {
         "Command": f"<code>{escape(r.command)}</code>",
         "Settings": escape(settings),

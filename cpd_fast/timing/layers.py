@@ -67,6 +67,25 @@ class Layer:
         return replace(self, c_in=c_in, c_out=c_out)
 
     @property
+    def output_size(self) -> tuple[int, ...]:
+        """Size of a convolution's output behind the channels."""
+        return tuple(
+            (s + 2 * p - d * (k - 1) - 1) // t + 1
+            for s, p, d, k, t in zip(self.spatial, self.padding, self.dilation, self.kernel, self.stride, strict=True)
+        )
+
+    def giving(self, output_shape: tuple[int, ...]) -> Layer:
+        """The same layer on inputs that are padded beforehand where a forward of its own pads: told by its output."""
+        size = tuple(output_shape[2:])
+        if self.kind != "conv" or len(size) != len(self.spatial) or size == self.output_size:
+            return self
+        padded = tuple(
+            (o - 1) * t + d * (k - 1) + 1
+            for o, d, k, t in zip(size, self.dilation, self.kernel, self.stride, strict=True)
+        )
+        return replace(self, spatial=padded, padding=(0,) * len(size))
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of its input."""
         return (*self.batch, self.c_in, *self.spatial)
@@ -208,8 +227,5 @@ def macs_of(layer: Layer) -> int:
         return prod(layer.batch) * layer.c_in * layer.c_out
     if layer.kind == "conv_transpose":
         return prod(layer.batch) * layer.c_in * layer.c_out // layer.groups * prod(layer.kernel) * prod(layer.spatial)
-    out = [
-        (s + 2 * p - d * (k - 1) - 1) // t + 1
-        for s, p, d, k, t in zip(layer.spatial, layer.padding, layer.dilation, layer.kernel, layer.stride, strict=True)
-    ]
-    return prod(layer.batch) * layer.c_in * layer.c_out // layer.groups * prod(layer.kernel) * prod(out)
+    taps = prod(layer.kernel) * prod(layer.output_size)
+    return prod(layer.batch) * layer.c_in * layer.c_out // layer.groups * taps

@@ -216,10 +216,12 @@ def _layers(model: nn.Module, graph: ChannelGraph) -> list[tuple[str, Layer]]:
     """Weight and layer of every call of a convolution or linear module, in order."""
     modules = dict(model.named_modules())
     found = []
-    for step in graph.steps:
+    for number, step in enumerate(graph.steps):
         name = step.op.removeprefix("call ")
         layer = layer_of(modules[name], step.shape) if step.op.startswith("call ") and name in modules else None
         if layer is not None:
+            made = (s.shape for s in graph.steps[number + 1 :] if (s.module, s.op) == (name, "aten.convolution"))
+            layer = layer.giving(next(made, ()))
             found.append((graph.aliases.get(f"{name}.weight", f"{name}.weight"), layer))
     return found
 

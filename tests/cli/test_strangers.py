@@ -208,6 +208,26 @@ def test_data_from_a_function(here, call, no_onnx):
     assert code == 0 and json.loads(out)["task"] == "noise", err
 
 
+def test_tensorboard_reads_what_a_run_wrote(here, call, no_onnx):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    asked = flags(model="mine:classifier", data="mine:data", run_dir="run", **QUICK)
+    numbers = json.loads(call("compress", *asked, "--json", "--tensorboard")[1])
+    events = reader.EventAccumulator(str(here / "run/tensorboard")).Reload()
+    for stage in ("teacher", "prune", "finetune"):
+        wanted = [(n, v) for n, (s, _, v) in enumerate(numbers["curve"]) if s == stage]
+        assert [(e.step, pytest.approx(e.value)) for e in events.Scalars(f"loss/{stage}")] == wanted
+    assert [pytest.approx(e.value) for e in events.Scalars("val/accuracy")] == [q[2] for q in numbers["quality"]]
+
+
+def test_tensorboard_is_missed_before_training(here, call, monkeypatch):
+    from cpd_fast.report import tensorboard
+
+    monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
+    code, out, err = call("compress", *flags(model="mine:classifier", data="mine:data", run_dir="run"), "--tensorboard")
+    assert code == 1 and out == "" and "tensorboard is not installed; install it with: pip install" in err
+    assert not (here / "run").exists()
+
+
 def test_every_fault_of_a_recipe_is_listed(here, call):
     (here / "bad.yaml").write_text(
         "modle: mine:dense\ntarget_macs: 2\nsize: big\nweights: nowhere.pth\nprune_steps: 0\n"

@@ -69,6 +69,12 @@ def test_quality_lies_where_it_was_measured():
     assert quality_over_training(RESULTS) == ""
 
 
+def test_macs_fall_where_channels_went():
+    pruned = dataclasses.replace(TRAINED, steps=((0, 0.75), (5, 0.5)))  # of the prune stage, which begins halfway
+    path = re.search(r'class="line prune" d="([^"]+)"', quality_over_training(pruned))[1]
+    assert [round((float(v) - 44) / (900 - 44), 2) for v in re.findall(r"H([\d.]+)", path)] == [0.5, 0.75, 1.0]
+
+
 def test_dots_stand_at_cost_and_quality():
     chart = against(RUNS, "macs")
     assert "one, after: 1 million MACs, 0.740" in chart and "two &lt;x&gt;, after: 0.5 million MACs, 0.600" in chart

@@ -36,6 +36,13 @@ def table_of(net, **options):
     )
 
 
+class PadsItself(nn.Conv2d):
+    """As EfficientNets of TensorFlow: padding is in the forward, and in none of the attributes."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 2, 1, 2)))
+
+
 @pytest.mark.parametrize(
     ("make", "shape"),
     [
@@ -44,8 +51,9 @@ def table_of(net, **options):
         (Depthwise, (2, 3, 6, 6)),
         (Transposed, (2, 3, 6, 6)),
         (FusedAttention, (2, 5, 3)),
+        (lambda: nn.Sequential(PadsItself(3, 8, 5, 2), PadsItself(8, 4, 5)), (1, 3, 6, 6)),
     ],
-    ids=["resnet", "grouped", "depthwise", "transposed", "attention"],
+    ids=["resnet", "grouped", "depthwise", "transposed", "attention", "padding"],
 )
 def test_layers_are_those_of_the_graph(make, shape):
     """Their MACs, computed here from kernel and stride, are those that comb counted in these modules."""
@@ -103,7 +111,7 @@ def test_real_network_meets_the_target_where_the_table_is_wrong(net, target, twi
         macs = cpd.cost(small, X).macs / cpd.cost(net[0], X).macs
         return tuple(20.0 * share * 1.01 ** len(drift) for share in (1.0, macs**twist * 0.9 + 0.1))
 
-    found = plan_for_latency(net[0], net[1], net[2], target, X, table=table, measure=measure)
+    found = plan_for_latency(net[0], net[1], net[2], target, X, table=table, measure=measure, round_to=1)
     assert abs(found.measured_ms / found.goal_ms - 1) <= 0.05
     assert found.plan == found.tries[-1].plan and len(found.tries) == len(drift) <= 6
     if twist != 1.0:
@@ -116,6 +124,23 @@ def test_coarse_plans_stay_below_the_target(net):
     measure = lambda small: (20.0, 20.0 * cpd.cost(small, X).macs / cpd.cost(net[0], X).macs)  # noqa: E731
     found = plan_for_latency(net[0], net[1], net[2], 0.9, X, measure=measure, **options)
     assert found.measured_ms < found.goal_ms and len(found.plan)
+
+
+def test_widths_are_as_round_as_the_target_lets_them_be(net):
+    """Multiples of 8 where one of those networks is near enough, else of 4, of 2 or any."""
+    steps = {}
+
+    def measure(small):
+        return 20.0, 20.0 * cpd.cost(small, X).macs / cpd.cost(net[0], X).macs
+
+    for share in np.linspace(0.95, 0.15, 9):
+        found = plan_for_latency(net[0], net[1], net[2], share, X, table=table_of(net), measure=measure)
+        assert abs(found.off) <= 0.05 and found.tries[found.chosen].plan == found.plan
+        widths = [len(v) for v in found.plan.values()]
+        steps[share] = next(u for u in (8, 4, 2, 1) if all(w % u == 0 for w in widths))
+        tried = plan_for_latency(net[0], net[1], net[2], share, X, table=table_of(net), measure=measure, round_to=8)
+        assert steps[share] == 8 or abs(tried.off) > 0.05
+    assert 8 in steps.values() and min(steps.values()) < 8
 
 
 def test_target_that_is_never_met_says_what_was_measured(net):
