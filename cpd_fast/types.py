@@ -129,6 +129,7 @@ class TraceStep:
         maps: Channel maps that broadcast to ``shape``.
         constants: Its numbers (scales, epsilons, group counts), which must stay.
         rows: ``(tensor name, rows)`` whose scaling makes up for a first constant that follows a size.
+        loose: Dims along which elements repeat: how long they are shows where they meet others.
     """
 
     op: str
@@ -137,6 +138,7 @@ class TraceStep:
     maps: tuple[np.ndarray, ...]
     constants: tuple[float, ...]
     rows: tuple[tuple[str, np.ndarray], ...]
+    loose: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)

@@ -115,7 +115,7 @@ def _comb(
         CostTerm(t.kind, t.module, *_fold(t.coefficient, t.planes, resolved.channel)) for t in eval_trace.terms
     )
     steps = tuple(
-        TraceStep(s.op, s.module, s.shape, to_maps(s.planes), s.constants, _rows_that_scale(planes, s.scaled))
+        TraceStep(s.op, s.module, s.shape, to_maps(s.planes), s.constants, _rows_that_scale(planes, s.scaled), s.loose)
         for s in eval_trace.steps
     )
     return ChannelGraph(

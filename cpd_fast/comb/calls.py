@@ -31,7 +31,7 @@ class Step:
     """One computing call of a trace: what it was, and the shape and label arrays of its first output.
 
     ``constants`` are its numbers that must not change; ``scaled`` the state of the first argument, where a constant
-    scales it.
+    scales it; ``loose`` the dims along which it is as long as the forward asks for, since elements repeat there.
     """
 
     op: str
@@ -40,6 +40,7 @@ class Step:
     planes: tuple[np.ndarray, ...]
     constants: tuple[float, ...]
     scaled: State | None
+    loose: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def register_rule(*ops: str) -> Callable[[Rule], Rule]:
 
 
 SCALING = {"aten.mul", "aten.div", "scaled_dot_product_attention"}
+FACTORS = frozenset(f"aten.{n}" for n in ("mul", "add", "sub"))  # may be given what a comparison of sizes says
 # calls whose integers are sizes, which may shrink
 SIZED = {
     *(f"aten.{n}" for n in "convolution native_layer_norm repeat tile zeros ones full empty arange rand randn".split()),
@@ -123,7 +125,10 @@ SIZED = {
 def constants(call: Call) -> tuple[float, ...]:
     """The numbers of a call that must be the same in a compacted model: floats, and integers that are no sizes."""
     found = leaves([call.args, call.kwargs] if call.kwargs else call.args)
-    numbers = [v for v in found if isinstance(v, (int, float)) and v is not True and v is not False]
+    flags = call.op in FACTORS
+    numbers = [v for v in found if isinstance(v, (int, float)) and (flags or (v is not True and v is not False))]
+    if call.op in ("aten.full", "aten.new_full"):
+        return (call.args[-1],) if isinstance(call.args[-1], (int, float)) else ()
     if call.op == "aten.native_group_norm":
         return tuple(numbers[-2:])  # groups, eps
     return tuple(v for v in numbers if isinstance(v, float) or call.op not in SIZED)

@@ -56,9 +56,11 @@ def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None, hooks: b
         for p in m._parameters.values():
             if p is not None and id(p) not in memo:
                 memo[id(p)] = nn.Parameter(_without_values(p), requires_grad=p.is_floating_point())
-        for t in [*m._buffers.values(), *vars(m).values()]:
+        for name, t in [*m._buffers.items(), *vars(m).items()]:
             if type(t) not in _ATOMIC and isinstance(t, Tensor) and id(t) not in memo:
                 memo[id(t)] = _without_values(t)
+                if t.numel() <= LARGEST_SWITCH and name in m._buffers and name not in STATISTICS:
+                    memo[id(t)]._cpd_value = t.detach().cpu() if t.device.type != "meta" else switch(t)
     kept = [] if hooks else [(m, h, getattr(m, h)) for m in modules for h in HOOKS if getattr(m, h)]
     try:
         for m, h, _ in kept:
@@ -68,6 +70,15 @@ def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None, hooks: b
         for m, h, value in kept:
             setattr(m, h, value)
     return clone
+
+
+LARGEST_SWITCH = 64  # elements
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def switch(t: Tensor) -> Tensor | None:
+    """The value of a small buffer (a switch, a schedule) whose copy without weights is ``t``."""
+    return getattr(t, "_cpd_value", None)
 
 
 def _without_values(t: Tensor) -> Tensor:

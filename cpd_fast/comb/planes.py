@@ -161,6 +161,8 @@ def _add_plane(store: LabelStore, planes: list[Plane], new: Plane, heads: bool) 
         a, b = set(old.dims), set(new.dims)
         if not a & b:
             kept.append(old)
+        elif a == b and old.stays != new.stays and _beside_rows(store, old, new):
+            new = new if old.stays else old
         elif a == b and old.fast == new.fast:
             store.unite(old.labels, new.labels)
             new = old
@@ -189,6 +191,24 @@ def _add_plane(store: LabelStore, planes: list[Plane], new: Plane, heads: bool) 
             store.freeze(new.labels, "two grids cross")
             kept.append(old)
     return [*kept, new]
+
+
+def _beside_rows(store: LabelStore, a: Plane, b: Plane) -> bool:
+    """Channels meet what each of their rows has one of (a statistic of a norm group, expanded over the group).
+
+    Rows stay, and keep equally many channels each; False where the channels do not lie in equal runs, one a row.
+    """
+    rows, plane = (a, b) if a.stays else (b, a)
+    if len(plane.dims) > 1:
+        return False
+    flat = rows.labels.reshape(-1)
+    starts = np.flatnonzero(np.append(True, flat[1:] != flat[:-1]))
+    run = len(flat) // len(starts)
+    if run == 1 or (starts != np.arange(0, len(flat), run)).any():
+        return False
+    if len(starts) > 1:
+        store.grid(plane.labels.reshape(len(starts), run), whole_rows=False)
+    return True
 
 
 def reshape(store: LabelStore, state: State, old: tuple[int, ...], new: tuple[int, ...]) -> State:

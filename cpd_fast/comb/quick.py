@@ -164,7 +164,7 @@ def function_shape(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         shape = tuple(args[1] if len(args) > 1 else kwargs["normalized_shape"])
         like = dense(x.shape, x.dtype) if x.is_contiguous() else torch.empty_like(x)
         return like if shape == tuple(x.shape[x.dim() - len(shape) :]) else None
-    if name == "linear" and tensors and x.dim() > 1 and x.shape[-1] == tensors[0].shape[1]:
+    if name == "linear" and tensors and x.dim() > 1 and tensors[0].dim() == 2 and x.shape[-1] == tensors[0].shape[1]:
         return dense((*x.shape[:-1], tensors[0].shape[0]), x.dtype)
     if name == "scaled_dot_product_attention" and not kwargs.keys() - {"attn_mask", "dropout_p", "scale", "is_causal"}:
         return _attention(x, *args[1:3]) if len(args) > 2 else None

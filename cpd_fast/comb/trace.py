@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as shapes_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from cpd_fast.comb.calls import (
@@ -39,7 +40,7 @@ from cpd_fast.comb.quick import function_shape, quick_call, quick_shape
 from cpd_fast.comb.sizes import SIZED_CALLS, sizes_of
 from cpd_fast.comb.stack import module_stack
 from cpd_fast.comb.training import TrainingWatch, reads_noticed
-from cpd_fast.comb.values import NAN_CHECKS, Values
+from cpd_fast.comb.values import CHECKS, LARGEST, OF_NUMBERS, Values
 from cpd_fast.errors import CpdError, TraceError, UnsupportedOpError
 from cpd_fast.types import NORMALISING, PRODUCTS
 
@@ -327,8 +328,9 @@ class Tracer(TorchDispatchMode):
                 return held
         copy_ = torch.empty_like(t, device="meta")
         copy_._cpd_original = t  # type: ignore[attr-defined]
-        if t.device.type == "cpu" and not t.requires_grad:
-            self.values.set(copy_, t)
+        if t.device.type == "cpu" and not t.requires_grad and t.numel() <= LARGEST:
+            with _disable_current_modes():
+                self.values.set(copy_, t.clone())
         self.set_state(copy_, self.states.get(id(t), State() if t.numel() > 1 else constant_state(t.dim())))
         return copy_
 
@@ -378,7 +380,12 @@ class Tracer(TorchDispatchMode):
         if call.op.rstrip("_") in SCALING and call.args and isinstance(call.args[0], Tensor):
             scaled = self.state(call.args[0])
         labels = tuple(p.labels for p in state.planes)
-        self.steps.append(Step(call.op, self.module, tuple(out.shape), labels, constants(call), scaled))
+        loose = state.constant.union(*(p.dims for p in state.planes if p.stays))
+        self.steps.append(Step(call.op, self.module, tuple(out.shape), labels, self.constants(call), scaled, loose))
+
+    def constants(self, call: Call) -> tuple[float, ...]:
+        """The numbers of a call that must stay, those in tensors among them."""
+        return constants(call) + self.values.numbers(call)
 
     def _unknown(self, op: str) -> Rule:
         if self.on_unknown == "error":
@@ -433,9 +440,14 @@ class _FunctionWatcher(TorchFunctionMode):
         tracer.numbers[tracer.module, name] += 1
         outer, tracer.function = tracer.function, (name, call)
         try:
-            if name in NAN_CHECKS:
+            if name in OF_NUMBERS:
                 out = func(*args, **kwargs)
-                tracer.values.assume(out, NAN_CHECKS[name])
+                tracer.values.made_of(out, args[OF_NUMBERS[name]] if len(args) > OF_NUMBERS[name] else None)
+                return out
+            if name in CHECKS:
+                out = func(*args, **kwargs)
+                if tracer.values.of(out) is None:
+                    tracer.values.fill(out, CHECKS[name])
                 return out
             if f"function.{name}" not in RULES:
                 quick = quick_call(func, args, kwargs)
@@ -463,12 +475,15 @@ def run_trace(clone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
         reads_noticed(tracer.watch),
         sdpa_kernel(SDPBackend.MATH),
         torch.enable_grad(),
+        # how many there are says nothing of channels
+        shapes_config.patch(meta_nonzero_assume_all_nonzero=True),  # type: ignore[attr-defined]
         _FunctionWatcher(tracer),
     ):
         with torch.autograd.set_multithreading_enabled(False), tracer:
             for t in tree_flatten((args, kwargs))[0]:
                 if isinstance(t, Tensor):
                     tracer.set_state(t, State())
+            tracer.values.read_switches(clone)
             clear_caches(clone)
             try:
                 out = clone(*args, **kwargs)

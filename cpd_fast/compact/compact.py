@@ -125,7 +125,8 @@ def cut_on_meta(model: nn.Module, graph: ChannelGraph, alive: np.ndarray) -> nn.
         if known is not None:
             shape = left_shape(known.shape, known.maps, alive)
             value = torch.empty(shape, dtype=t.dtype, device="meta")
-            memo[id(t)] = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
+            if value.shape != t.shape or isinstance(t, nn.Parameter):  # others are copied with what is known of them
+                memo[id(t)] = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
     return clone_to_meta(model, memo, graph.needs_hooks)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from cpd_fast.comb.walk import named_modules
-from cpd_fast.compact.replay import Replay, Replayer, ReplayTracer
+from cpd_fast.compact.replay import Replay, Replayer, ReplayTracer, owner
 from cpd_fast.compact.sizes import KNOWN, Applied, Edit, Sizes, holds_sizes
 
 MOST_TRIES = 16  # a failing module: enough for every network of the zoo that can be mended at all
@@ -98,11 +98,16 @@ class _Mender:
     ) -> Any:
         """Run a module again with other attributes until it comes through; raises ``error`` where none helps."""
         for _ in range(MOST_EDITS):
-            found = self._try(name, module, again, tracer)
+            found, holder = self._try(name, module, again, tracer), name
+            if found is None or not found[1]:
+                other = owner(error, {id(m): n for n, m in self._copies.items()}, name)
+                better = None if other is None else self._try(other, self._copies[other], again, tracer, near=name)
+                if other is not None and better is not None:
+                    found, holder = better, other
             if found is None:
                 break
             chosen, ok, out = found
-            self._keep(name, module, chosen)
+            self._keep(holder, self._copies[holder], chosen)
             if ok:
                 return out
             try:
@@ -148,13 +153,13 @@ class _Mender:
         raise error from last
 
     def _try(
-        self, name: str, module: nn.Module, again: Callable[[], Any], tracer: ReplayTracer
+        self, name: str, module: nn.Module, again: Callable[[], Any], tracer: ReplayTracer, near: str | None = None
     ) -> tuple[tuple[Edit, ...], bool, Any] | None:
         """The first edit with which the module comes through, else the one that gets it furthest."""
-        inside = tracer.module == name
+        inside = tracer.module == (name if near is None else near)
         reached, best = tracer.done, None
         wrong = set(tracer.wrong)
-        edits = list(self._sizes.edits(name, module))
+        edits = list(self._sizes.edits(name, module, near))
         self._trying = True
         try:
             for chosen in _candidates(module, edits, wrong, most=2 if inside else 1):

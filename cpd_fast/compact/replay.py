@@ -15,12 +15,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from cpd_fast.adapters import adapt
-from cpd_fast.comb.calls import Call, constants
+from cpd_fast.comb.calls import Call
 from cpd_fast.comb.labels import LabelCheck
 from cpd_fast.comb.meta import clone_to_meta, tensor_names
 from cpd_fast.comb.planes import Plane, State
 from cpd_fast.comb.sizes import SizeFix, fit, with_sizes
 from cpd_fast.comb.trace import Tracer, run_trace
+from cpd_fast.comb.walk import named_modules
 from cpd_fast.compact.shrink import box_shape
 from cpd_fast.errors import CompactError
 from cpd_fast.types import ChannelGraph, TraceStep
@@ -69,11 +70,24 @@ class Replayer:
         try:
             run_trace(clone, *self._graph.inputs, tracer)
         except Exception as e:
-            return Replay(tracer.done, tracer.module, e, [], {})
+            where = owner(e, {id(m): n for n, m in named_modules(clone)}, tracer.module)
+            return Replay(tracer.done, where or tracer.module, e, [], {})
         if tracer.output_shapes != self._graph.output_shapes or tracer.done != len(self._expected):
             error = CompactError(f"output shapes {tracer.output_shapes}, expected {self._graph.output_shapes}")
             return Replay(tracer.done, "", error, [], {})
         return Replay(tracer.done, "", None, tracer.scales, tracer.resizes)
+
+
+def owner(error: Exception, names: dict[int, str], module: str) -> str | None:
+    """The module in a method of which (not its forward) another failed that holds it; ``names`` by id."""
+    trace, found = error.__traceback__, None
+    while trace is not None:
+        name, method = names.get(id(trace.tb_frame.f_locals.get("self"))), trace.tb_frame.f_code.co_name
+        if name is not None and not method.endswith("_call_impl"):
+            found = None if method == "forward" else name
+        trace = trace.tb_next
+    inside = found is not None and found != module and found.startswith(f"{module}." if module else "")
+    return found if inside else None
 
 
 _Expected = tuple[TraceStep, tuple[int, ...], list[Plane]]  # a computing call, the shape and channels left of it
@@ -143,7 +157,10 @@ class ReplayTracer(Tracer):
         parts = int(ahead[0][0].constants[-1])
         wanted = [shape for _, shape, _ in self.expected[self.done : self.done + parts]]
         fix = fit(name, args, kwargs, sizes, wanted)
-        if fix is None:
+        if isinstance(fix, dict) and ahead[0][0].loose:
+            first = 0 if name != "unflatten" else (args[1] if len(args) > 1 else kwargs["dim"]) % args[0].dim()
+            fix = {i: e for i, e in fix.items() if i + first not in ahead[0][0].loose}
+        if not fix:
             return args, kwargs
         if self.module not in self.resizable:
             new = dict(enumerate(fix)) if isinstance(fix, list) else fix
@@ -164,10 +181,10 @@ class ReplayTracer(Tracer):
         wanted, shape, planes = self.expected[self.done]
         if call.op != wanted.op:
             raise CompactError(f"the forward takes another path: {call.op} where {wanted.op} was")
-        if tuple(out.shape) != shape:
+        if not _same_shape(out, shape, wanted.loose):
             self.wrong |= {pair for pair in zip(out.shape, shape, strict=False) if pair[0] != pair[1]}
             raise CompactError(f"{call.op} gives shape {tuple(out.shape)}, the plan leaves {shape}")
-        self._compare_constants(call.op, wanted, constants(call))
+        self._compare_constants(call.op, wanted, self.constants(call))
         for got in state.planes:
             if any(got is p for p in planes):
                 continue
@@ -204,6 +221,14 @@ def _alone(graph: ChannelGraph, alive: np.ndarray) -> np.ndarray:
         if g.balance is not None and np.count_nonzero(alive[own]) == g.balance.max() + 1:
             alone[own] = True
     return alone
+
+
+def _same_shape(out: Tensor, shape: tuple[int, ...], loose: frozenset[int]) -> bool:
+    """Whether sizes agree, but for dims along which elements repeat."""
+    if tuple(out.shape) == shape:
+        return True
+    pairs = enumerate(zip(out.shape, shape, strict=False))
+    return out.dim() == len(shape) and all(a == b for d, (a, b) in pairs if d not in loose)
 
 
 class Left:

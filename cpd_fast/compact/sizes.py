@@ -87,11 +87,11 @@ class Sizes:
                 found.setdefault((old, new), set()).add(f"{name[len(prefix) :]}|{role}")
         return {pair: frozenset(roles) for pair, roles in sorted(found.items())}
 
-    def edits(self, path: str, module: nn.Module) -> Iterator[Edit]:
-        """Integer attributes (and tuples of them) that hold an old size, with what it became."""
+    def edits(self, path: str, module: nn.Module, near: str | None = None) -> Iterator[Edit]:
+        """Integer attributes (and tuples of them) that hold an old size, with what it became around ``near``."""
         if isinstance(module, KNOWN):
             return
-        pairs = self.around(path)
+        pairs = self.around(path if near is None else near)
         for name, value in vars(module).items():
             if name.startswith("_") or not holds_sizes(value):
                 continue

@@ -365,3 +365,64 @@ def test_compiled_and_exported_results():
     assert relative_error(compiled(x.double()), small(x.double())) < 1e-12
     exported = torch.export.export(small, (x.double(),)).module()
     assert relative_error(exported(x.double()), small(x.double())) < 1e-12
+
+
+class Switched(nn.Module):
+    """A path that depends on a padding mask of the model's own making, on a table and on a small buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.register_buffer("probability", torch.tensor([1.0, 0.0]))
+
+    def forward(self, x, mask=None):
+        if mask is None:
+            mask = torch.ones(len(x), 800, 1200)
+        small = F.interpolate(mask[None].float(), size=(4, 5)).to(torch.bool)[0]
+        starts = torch.empty(2, dtype=torch.long)
+        starts[0] = 0
+        starts[1] = starts[0] + 7
+        y = self.a(x)
+        if (~small).any() or starts[1] != 7 or not self.probability[0] > 0.5:
+            y = y * 2
+        return self.o(y)
+
+
+def test_values_that_depend_on_nothing_given_are_known():
+    model, x = informative(Switched()).double(), torch.randn(2, 5, 3).double()
+    with torch.no_grad():
+        model.probability.copy_(torch.tensor([1.0, 0.0]))
+    _, _, small = prove(model, (x,))
+    assert small.a.out_features == 4 and small.probability.tolist() == [1.0, 0.0]
+    with pytest.raises(TraceError, match="reads the value"):
+        comb(model, (x, torch.ones(2, 8, 8)))  # a mask that is given may be any
+
+
+class Overwritten(nn.Module):
+    """Values that were known, until something given is written over a part of them."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write, self.o = write, nn.Linear(3, 2)
+
+    def forward(self, x):
+        table = torch.zeros(4)
+        part = table[1:]
+        self.write(table, part, x.flatten()[:4])
+        return self.o(x) if bool((part == 0).all()) and bool((table == 0).all()) else x
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda table, part, x: table.copy_(x),
+        lambda table, part, x: part.copy_(x[1:]),
+        lambda table, part, x: part[:2].add_(x[:2]),
+        lambda table, part, x: torch.mul(x, 2, out=table),
+        lambda table, part, x: table.uniform_(),
+    ],
+    ids=["whole", "part", "part of a part", "out", "random"],
+)
+def test_a_value_is_forgotten_once_something_given_is_written_there(write):
+    with pytest.raises(TraceError, match="reads the value"):
+        comb(Overwritten(write), torch.randn(2, 3))

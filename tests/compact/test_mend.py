@@ -170,3 +170,39 @@ def test_the_only_dim_left_of_every_head_passes_for_the_head():
     with torch.no_grad(), masked(model, graph, plan, execution="full_width") as m:
         model.blocks[0].cache.clear()
         assert relative_error(m(x), small(x)) < 1e-10
+
+
+class Table(nn.Module):
+    """Asked by a method, not by its forward; ``fixed`` is a size that is no attribute."""
+
+    def __init__(self, width: int, fixed: bool):
+        super().__init__()
+        self.width, self.fixed = width, fixed
+        self.row = nn.Parameter(torch.randn(width))
+
+    def look_up(self):
+        assert len(self.row) == (16 if self.fixed else self.width)
+        return self.row
+
+
+class Asking(nn.Module):
+    def __init__(self, fixed: bool):
+        super().__init__()
+        self.table = Table(16, fixed)
+        self.a, self.b, self.c, self.o = nn.Linear(3, 16), nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.o(self.c(self.b(self.a(x) * self.table.look_up()).relu()))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_size_in_a_method_of_another_module_is_mended_there_or_freezes_what_reaches_it(fixed):
+    torch.manual_seed(0)
+    model, x = Asking(fixed).double(), torch.randn(2, 3).double()
+    graph = comb(model, x)
+    assert {g.name for g in graph.prunable_groups} == ({"b", "c"} if fixed else {"a", "b", "c"})
+    assert not fixed or "table holds a size" in next(g.reason for g in graph.groups if g.name == "a")
+    small = compact(model, graph, plan := random_plan(graph, keep=0.5))
+    assert small.table.width == len(small.table.row) == (16 if fixed else 8)
+    with torch.no_grad(), masked(model, graph, plan, execution="full_width") as m:
+        assert relative_error(m(x), small(x)) < 1e-10

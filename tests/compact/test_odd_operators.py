@@ -48,6 +48,24 @@ def image(x):
     return x.transpose(1, 2).reshape(2, -1, 8, 8)
 
 
+def put(x, index, value):
+    x[index] = value
+    return x
+
+
+def routed(x, gate, expert):
+    """Tokens that choose the expert are added to what it makes of them."""
+    token = torch.where(gate(x).flatten(0, 1).argmax(-1) == 0)[0]
+    flat = x.flatten(0, 1)
+    return flat.clone().index_add_(0, token, expert(flat[token])).view_as(x)
+
+
+def group_deviation(x, groups):
+    n, c, h, w = x.shape
+    split = x.reshape(n, groups, c // groups, h, w)
+    return split.var((2, 3, 4), keepdim=True).add(1e-5).sqrt().expand(split.shape).reshape(n, c, h, w)
+
+
 EXACT = {
     "instance_norm": Net(lambda s, x: s.n(x), 8, 8, n=nn.InstanceNorm2d(8, affine=True)),
     "instance_norm_tracking": Net(lambda s, x: s.n(x), 8, 8, n=nn.InstanceNorm2d(8, track_running_stats=True)),
@@ -104,13 +122,53 @@ EXACT = {
     "halves_swapped": Net(lambda s, x: torch.cat([x[:, x.shape[1] // 2 :], -x[:, : x.shape[1] // 2]], 1) + x, 8, 8),
     "even_and_odd": Net(lambda s, x: torch.stack([-x[:, 1::2], x[:, ::2]], 2).flatten(1, 2) + x, 8, 8),
     "tensor_split": Net(lambda s, x: (lambda t: t[0] * t[1])(x.tensor_split(2, 1)), 8, 4),
+    # numbers that the forward puts into tensors
+    "times_its_width_in_a_tensor": Net(lambda s, x: x * x.new_tensor([shape_of(x)]), 8, 8),
+    "times_its_width_on_a_device": Net(lambda s, x: x / torch.tensor(shape_of(x) / 1.0, device=x.device), 8, 8),
+    "times_as_many_ones": Net(lambda s, x: x * torch.ones(shape_of(x), 1, 1).to(x) * 3, 8, 8),
+    "times_the_number_of_ones": Net(lambda s, x: x * torch.ones_like(x).sum(1, keepdim=True), 8, 8),
+    # lookups and writes along space
+    "gathered": Net(lambda s, x: x.flatten(2).gather(2, torch.arange(63, -1, -1).expand(2, shape_of(x), -1)).view_as(x),
+                    8, 8),
+    "index_added": Net(lambda s, x: image(torch.zeros_like(tokens(x)).index_add(1, torch.arange(64) // 2, tokens(x))),
+                       8, 8),
+    "index_copied": Net(lambda s, x: image(tokens(x).index_copy(1, torch.tensor([0, 5]), tokens(s.n(x))[:, :2])), 8, 8,
+                        n=nn.Conv2d(8, 8, 1)),
+    "index_filled": Net(lambda s, x: x.index_fill(2, torch.tensor([0, 5]), 2.0), 8, 8),
+    "scattered": Net(lambda s, x: image(tokens(x).scatter_reduce(
+        1, torch.arange(32)[None, :, None].expand(2, -1, shape_of(x)), tokens(s.n(x))[:, 32:], "amax")), 8, 8,
+        n=nn.Conv2d(8, 8, 1)),
+    "positions_set": Net(lambda s, x: put(x.clone(), (slice(None), slice(None), torch.tensor([0, 5])), 2.0), 8, 8),
+    "routed_to_an_expert": Net(lambda s, x: image(routed(tokens(x), s.gate, s.n)), 8, 8, n=nn.Linear(8, 8),
+                               gate=nn.Linear(8, 2)),
+    "turned": Net(lambda s, x: x.rot90(1, (2, 3)), 8, 8),
+    "diagonal_of_space": Net(lambda s, x: x * x.diagonal(dim1=2, dim2=3).mean(-1)[..., None, None], 8, 8),
+    "median_of_space": Net(lambda s, x: x - x.flatten(2).kthvalue(9, 2)[0][..., None, None], 8, 8),
+    "running_maximum": Net(lambda s, x: x.cummax(2)[0], 8, 8),
+    "linear_with_a_vector": Net(lambda s, x: F.linear(tokens(x), s.v).view(2, 1, 8, 8), 8, 1,
+                                v=nn.Parameter(torch.randn(8))),
+    # a statistic of each group of channels, expanded over the group
+    "group_deviation": Net(lambda s, x: s.n(x) / group_deviation(s.n(x), 2), 8, 12, n=nn.Conv2d(8, 12, 1)),
+    "other_channels_by_group_deviation": Net(lambda s, x: s.p(x) * group_deviation(s.n(x), 3), 8, 12,
+                                             n=nn.Conv2d(8, 12, 1), p=nn.Conv2d(8, 12, 1)),
     "divided_by_a_parameter": Net(lambda s, x: x / s.b, 8, 8, b=nn.Parameter(torch.rand(8, 1, 1) + 0.5)),
 }  # fmt: skip
 FROZEN = {
     "divided_by_channels": (Net(lambda s, x: x / s.n(x).mean((2, 3), keepdim=True), 8, 8, n=nn.Conv2d(8, 8, 1)),
                             "div has a pole"),
     "written_at_indices": (Net(lambda s, x: zeroed(x.clone(), [0, 3]), 8, 8),
-                           "reaches index_put"),
+                           "written at indices along this axis"),
+    "channels_at_indices": (Net(lambda s, x: put(x.clone(), (slice(None), slice(None), torch.tensor([0, 5])),
+                                                 s.n(x)[:, :, :2]), 8, 8, n=nn.Conv2d(8, 8, 1)), "reaches index_put"),
+    "channels_scattered": (Net(lambda s, x: torch.zeros_like(x).scatter_add(1, torch.zeros_like(x, dtype=torch.long),
+                                                                            x), 8, 8), "written at indices"),
+    "gathered_channels": (Net(lambda s, x: x.gather(1, torch.zeros(2, 1, 8, 8, dtype=torch.long)), 8, 1),
+                          "indexed by a tensor"),
+    "root_of_its_width_in_a_tensor": (Net(lambda s, x: x / torch.tensor(float(shape_of(x))).sqrt(), 8, 8),
+                                      "could not be repaired"),
+    "width_compared": (Net(lambda s, x: x * (shape_of(x) > 4), 8, 8), "could not be repaired"),
+    "turned_channels": (Net(lambda s, x: x.rot90(1, (1, 2)), 8, 8), "turned along this axis"),
+    "diagonal_of_channels": (Net(lambda s, x: x.diagonal(dim1=1, dim2=2)[:, None], 8, 1), "diagonal over this axis"),
     "zeroed_slice": (Net(lambda s, x: zeroed(x.clone(), slice(0, 3)), 8, 8),
                      "sliced at fixed positions"),
     "sorted": (Net(lambda s, x: x.sort(1)[0], 8, 8), "sort over this axis"),

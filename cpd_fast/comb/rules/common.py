@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cpd_fast.comb.leaves import leaves
@@ -29,3 +30,18 @@ def sources_of(t: Tracer, *params: Tensor | None) -> tuple[str, ...]:
     """Names of the parameters a result is linear in, or nothing where one of them is computed."""
     names = [t.state(p).source for p in params if p is not None]
     return tuple(n for n in names if n) if all(names) else ()
+
+
+def indexed(x: Tensor, indices: Any) -> list[int] | None:
+    """The dims of ``x`` that a list of tensors (or None) indexes; None where they are not side by side.
+
+    A tensor of booleans indexes as many dims as it has.
+    """
+    hit: list[int] = []
+    dim = 0
+    for i in indices:
+        width = 1 if i is None or i.dtype not in (torch.bool, torch.uint8) else i.dim()
+        if i is not None:
+            hit += range(dim, dim + width)
+        dim += width
+    return hit if hit and hit == list(range(hit[0], hit[-1] + 1)) else None

@@ -17,7 +17,7 @@ from cpd_fast.comb.trace import Tracer
 
 @register_rule(
     "pointwise",
-    *(f"aten.{n}" for n in "complex polar _conj real imag".split()),
+    *(f"aten.{n}" for n in "complex polar _conj real imag floor_divide".split()),
     *(
         f"aten.{n}"
         for n in "where clamp lerp masked_fill bernoulli fill hardswish hardsigmoid silu mish softplus".split()
@@ -51,7 +51,9 @@ def pointwise(t: Tracer, call: Call) -> Any:
 
 
 # operand that must not be 0, in the forward or the backward
-POLES = {"div": 1, "fmod": 1, "remainder": 1} | dict.fromkeys("log log2 log10 sqrt rsqrt reciprocal logit".split(), 0)
+POLES = {"div": 1, "floor_divide": 1, "fmod": 1, "remainder": 1} | dict.fromkeys(
+    "log log2 log10 sqrt rsqrt reciprocal logit".split(), 0
+)
 ODD = frozenset(  # f(0) = 0
     "neg abs relu gelu silu mish tanh sinh sin tan asin asinh atan atanh sqrt square elu selu celu leaky_relu "
     "hardswish hardshrink softshrink sign sgn round floor ceil trunc frac expm1 log1p erf erfinv dropout nan_to_num "
@@ -64,7 +66,7 @@ def _zero(name: str, tensors: list[Tensor], call: Call) -> str:
     numbers = [v for v in (*call.args[1:], *call.kwargs.values()) if isinstance(v, (int, float))]
     if name == "mul":
         return "any"
-    if name in ("div", "fmod", "remainder", *ODD):
+    if name in ("div", "floor_divide", "fmod", "remainder", *ODD):
         return "first"
     if name in ("maximum", "minimum", "complex", "where", "lerp", "max", "min") or (
         name in ("add", "sub") and len(tensors) > 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cpd_fast.comb.calls import Call, register_rule
 from cpd_fast.comb.planes import Plane, State, meet, permute, reshape
-from cpd_fast.comb.rules.common import POOLS, Shape, sources_of
+from cpd_fast.comb.rules.common import POOLS, Shape, indexed, sources_of
 from cpd_fast.comb.trace import Tracer
 
 NOT_ZERO = "sums products over channels, neither factor of which is 0 once they are removed"
@@ -200,6 +200,8 @@ def _add_bias(t: Tracer, state: State, bias: Tensor, out: Tensor) -> State:
 def linear(t: Tracer, call: Call) -> State:
     """x (..., K) with weight (N, K) and bias (N,)."""
     x, w, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
+    if w.dim() == 1:  # a product with a vector
+        return _matmul(t, x, w, call.out)
     shape = tuple(call.out.shape)
     sx, shape_x = t.state(x), tuple(x.shape)
     if x.dim() == 1:
@@ -273,19 +275,12 @@ def embedding(t: Tracer, call: Call) -> State:
     return State(tuple(planes))
 
 
-@register_rule("aten.index", "aten.index_select", "aten.gather")
+@register_rule("aten.index", "aten.index_select")
 def index(t: Tracer, call: Call) -> State:
     """Lookup at fixed positions: the indexed dims stay, the others keep their channels."""
     x, out = call.args[0], call.out
-    if call.op == "aten.index":
-        indices = list(call.args[1]) + [None] * (x.dim() - len(call.args[1]))
-        hit = [d for d, i in enumerate(indices) if i is not None]
-        adjacent = hit == list(range(hit[0], hit[-1] + 1)) and all(
-            indices[d].dtype.is_floating_point is False for d in hit
-        )
-    else:
-        hit, adjacent = [call.args[1] % x.dim()], call.op == "aten.index_select"
-    if not adjacent:
+    hit = indexed(x, call.args[1]) if call.op == "aten.index" else [call.args[1] % x.dim()]
+    if hit is None:
         t.freeze_all(x, "indexed by a tensor")
         return State()
     state = t.freeze_dims(x, set(hit), "indexed by a tensor")
@@ -296,3 +291,17 @@ def index(t: Tracer, call: Call) -> State:
         labels = labels.reshape(*labels.shape[: hit[0]], *[1] * (len(hit) + shift), *labels.shape[hit[0] :])
         planes.append(p.moved(labels, p.fast + (shift if p.fast > hit[-1] else 0)))
     return State(tuple(planes))
+
+
+@register_rule("aten.gather")
+def gather(t: Tracer, call: Call) -> State:
+    """Lookup along one dim, element by element: along the other dims table and index meet."""
+    x, dim, index = call.args[0], call.args[1] % max(call.args[0].dim(), 1), call.args[2]
+    state = t.freeze_dims(x, {dim}, "indexed by a tensor")
+    if any(x.shape[d] != index.shape[d] for p in state.planes for d in p.dims):
+        return t.freeze_all(x, "indexed by a tensor")
+    shape = tuple(index.shape)
+    row = tuple(1 if d == dim else s for d, s in enumerate(shape))
+    return meet(
+        t.store, [State(state.planes, state.constant - {dim}), t.state(index)], [row, shape], shape, t.heads, "first"
+    )

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cpd_fast.comb.calls import Call, register_rule
 from cpd_fast.comb.leaves import leaves
-from cpd_fast.comb.planes import Plane, State, meet, reshape
-from cpd_fast.comb.rules.common import POOLS, norm_dims, sources_of, tensors_of
+from cpd_fast.comb.planes import State, meet, reshape
+from cpd_fast.comb.rules.common import POOLS, indexed, norm_dims, sources_of, tensors_of
 from cpd_fast.comb.rules.elementwise import pointwise
 from cpd_fast.comb.trace import Tracer
 
@@ -116,18 +116,22 @@ def group_norm(t: Tracer, call: Call) -> Any:
     return [replace(state, planes=cleared, scaled_by=()), State(), State()]
 
 
+CHECKS = ("aten.all", "aten.any", "aten._is_all_true")
+
+
 @register_rule(
     *(f"aten.{n}" for n in "sum mean prod amax amin max min var std var_mean std_mean argmax argmin".split()),
-    *(f"aten.{n}" for n in "linalg_vector_norm norm logsumexp any all nansum median".split()),
+    *(f"aten.{n}" for n in "linalg_vector_norm norm logsumexp any all _is_all_true nansum median".split()),
+    *(f"aten.{n}" for n in "kthvalue mode".split()),
 )
 def reduce(t: Tracer, call: Call) -> Any:
     """Over space or tokens the channels stay; over channels the result would change with their number."""
     x = call.args[0]
     outs = [o for o in leaves(call.out) if isinstance(o, Tensor)]
-    position = 2 if call.op in ("aten.linalg_vector_norm", "aten.norm") else 1
+    position = 2 if call.op in ("aten.linalg_vector_norm", "aten.norm", "aten.kthvalue") else 1
     if call.op in ("aten.max", "aten.min") and len(call.args) > 1 and isinstance(call.args[1], Tensor):
         return pointwise(t, call)
-    if t.values.of(outs[0]) is not None:  # a check whose outcome is known, however many channels there are
+    if call.op in CHECKS and t.values.of(outs[0]) is not None:  # known, however many channels there are
         return State()
     dims = norm_dims(call.arg(position, "dim"), x.dim())
     state = t.state(x)
@@ -137,7 +141,8 @@ def reduce(t: Tracer, call: Call) -> Any:
     planes = []
     for p in t.reduce_planes(state.planes, set(dims)):
         labels = p.labels if keep else p.labels.squeeze(tuple(dims))
-        planes.append(Plane(labels, p.fast if keep else p.fast - sum(d < p.fast for d in dims), p.zero and zero))
+        moved = p.moved(labels, p.fast if keep else p.fast - sum(d < p.fast for d in dims))
+        planes.append(moved.where_zero(p.zero and zero))
     kept = [d for d in range(x.dim()) if d not in dims]
     constant = frozenset((d if keep else kept.index(d)) for d in state.constant if d in kept)
     result = State(tuple(planes), constant)
@@ -146,6 +151,7 @@ def reduce(t: Tracer, call: Call) -> Any:
 
 @register_rule(
     *(f"aten.{n}" for n in "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod sort topk".split()),
+    *(f"aten.{n}" for n in "cummax cummin logcumsumexp".split()),
 )
 def softmax(t: Tracer, call: Call) -> Any:
     """Along tokens the channels stay; along channels the result would change with their number."""
@@ -205,7 +211,6 @@ def triangle(t: Tracer, call: Call) -> State:
 
 
 @register_rule(
-    *(f"aten.{n}" for n in "scatter scatter_add scatter_reduce index_put index_add index_copy index_fill".split()),
     *(f"aten.{n}" for n in "masked_scatter diag_embed renorm linalg_cross _embedding_bag".split()),
     *(f"aten.{n}" for n in "_trilinear nonzero masked_select unique_dim".split()),
 )
@@ -217,6 +222,45 @@ def not_followed(t: Tracer, call: Call) -> Any:
         t.not_zero(call.args[0])
     outs = [o for o in leaves(call.out) if isinstance(o, Tensor)]
     return [State()] * len(outs)
+
+
+@register_rule(*(f"aten.{n}" for n in "scatter scatter_add scatter_reduce index_add index_copy index_fill".split()))
+def written_along(t: Tracer, call: Call) -> Any:
+    """Slices or elements written at indices along one dim, which stays; along the others they meet."""
+    x, dim, index = call.args[0], call.args[1] % max(call.args[0].dim(), 1), call.args[2]
+    others = [v for v in (call.arg(3, "src"), call.kwargs.get("source")) if isinstance(v, Tensor) and v.dim()]
+    others += [index] if "scatter" in call.op else []
+    unlike = any(o.shape[d] != x.shape[d] for o in others for d in range(x.dim()) if d != dim)
+    if unlike or (call.op.endswith("_") and x._is_view()):
+        return not_followed(t, call)
+    if call.op.endswith("_"):
+        t.not_zero(x)
+    states = [t.freeze_dims(o, {dim}, "written at indices along this axis") for o in (x, *others)]
+    row = tuple(1 if d == dim else s for d, s in enumerate(x.shape))
+    states = [State(s.planes, s.constant - {dim}) for s in states]
+    return meet(t.store, states, [row] * len(states), row, t.heads)
+
+
+@register_rule("aten.index_put", "aten._unsafe_index_put")
+def index_put(t: Tracer, call: Call) -> Any:
+    """x[indices] = number: the indexed dims stay. Other values have no map of channels."""
+    x, hit, values = call.args[0], indexed(call.args[0], call.args[1]), call.args[2]
+    if hit is None or values.numel() != 1 or (call.op.endswith("_") and x._is_view()):
+        return not_followed(t, call)
+    if call.op.endswith("_"):
+        t.not_zero(x)
+    state = t.freeze_dims(x, set(hit), "written at indices along this axis")
+    return State(tuple(p.where_zero(False) for p in state.planes), state.constant - set(hit))
+
+
+@register_rule("aten.diagonal")
+def diagonal(t: Tracer, call: Call) -> State:
+    """Two dims that carry no channels become a last one."""
+    x = call.args[0]
+    gone = tuple(call.arg(i, name, default) % x.dim() for i, name, default in ((2, "dim1", 0), (3, "dim2", 1)))
+    planes = t.freeze_dims(x, set(gone), "diagonal over this axis").planes
+    left = [(p, p.labels.squeeze(gone)[..., None]) for p in planes]
+    return State(tuple(p.moved(labels, p.fast - sum(d < p.fast for d in gone)) for p, labels in left))
 
 
 @register_rule("unknown")

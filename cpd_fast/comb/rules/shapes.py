@@ -287,6 +287,15 @@ def roll(t: Tracer, call: Call) -> State:
     return t.freeze_dims(x, set(dims), "rolled or flipped along this axis")
 
 
+@register_rule("aten.rot90")
+def rot90(t: Tracer, call: Call) -> State:
+    """Turns two dims that carry no channels."""
+    x = call.args[0]
+    return State(
+        t.freeze_dims(x, set(norm_dims(call.arg(2, "dims", [0, 1]), x.dim())), "turned along this axis").planes
+    )
+
+
 @register_rule("aten.constant_pad_nd", "aten.reflection_pad2d", "aten.replication_pad2d", "aten.reflection_pad1d")
 def pad(t: Tracer, call: Call) -> State:
     """Padding along a channel axis adds positions that stay."""
