@@ -87,6 +87,7 @@ class Tracer(TorchDispatchMode):
         self._suspended = False
         self.values = Values()
         self.numbers: Counter[tuple[str, str]] = Counter()  # calls of each function so far, by module
+        self._places: dict[int, list[np.ndarray]] = {}  # tensors of positions along an axis -> labels of that axis
         self._written: set[int] = set()  # ids of tensors that were written in place with something else than 0
         self.output_shapes: tuple[tuple[int, ...], ...] = ()
         self.order: list[str] = []  # parameters and buffers by first use
@@ -97,6 +98,9 @@ class Tracer(TorchDispatchMode):
         """What is known of a tensor; a tensor made outside the trace is free."""
         known = self.states.get(id(t))
         if known is not None:
+            if self._places:
+                for labels in self._places.pop(id(t), ()):
+                    self.store.freeze(labels, f"positions along this axis are read ({self.where()})")
             if self._written and any(p.zero for p in known.planes) and self._overwritten(t):
                 known = self.states[id(t)] = replace(known, planes=tuple(replace(p, zero=False) for p in known.planes))
             return known
@@ -121,6 +125,10 @@ class Tracer(TorchDispatchMode):
         base = t if t._base is None else t._base
         self._written.add(id(base))
         self.alive.append(base)
+
+    def places(self, t: Tensor, axes: list[np.ndarray]) -> None:
+        """Note that ``t`` holds positions along axes: where anything reads it, their channels stay."""
+        self._places[id(t)] = axes
 
     def avoid_zero(self, t: Tensor, what: str) -> None:
         """For operators with a pole at 0: a parameter that nothing has read yet is left unmasked, others freeze."""
@@ -183,6 +191,21 @@ class Tracer(TorchDispatchMode):
             planes.append(p)
         self.set_state(t, replace(state, planes=tuple(planes)))
         return self.freeze_dims(t, mixed, reason)
+
+    def tie_rows(self, t: Tensor, dims: set[int]) -> State:
+        """The state of ``t`` for an op that mixes along ``dims``: rows of a grid there lose the same columns."""
+        planes = list(self.state(t).planes)
+        for i, p in enumerate(planes):
+            rows = tuple(dims.intersection(p.rows))
+            if rows and p.fast not in dims:
+                orbit(self.store, p, rows)
+                labels = p.labels
+                for d in rows:
+                    labels = labels.take([0], d)
+                planes[i] = p.moved(labels, p.fast)
+        state = replace(self.state(t), planes=tuple(planes))
+        self.set_state(t, state)
+        return state
 
     def freeze_all(self, t: Tensor, reason: str) -> State:
         """Freeze every label of ``t``."""

@@ -52,7 +52,7 @@ class _Mender:
         self._fresh = {name: _contents(module) for name, module in self._copies.items()}
         self._buffers = {name: dict(module._buffers) for name, module in self._copies.items()}
         for name, module in self._copies.items():
-            if not isinstance(module, (*KNOWN, *_CONTAINERS, nn.Identity)):
+            if type(module) not in _CONTAINERS and not isinstance(module, (*KNOWN, nn.Identity)):
                 module.forward = self._guarded(name, module, module.forward, tracer)
 
     def _guarded(

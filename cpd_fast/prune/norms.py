@@ -126,6 +126,56 @@ def std(keep: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return var(keep, x, *args, **kwargs).sqrt()
 
 
+def softmax(keep: Tensor, x: Tensor, dim: int, *rest: Any, **more: Any) -> Tensor:
+    """Softmax over the kept positions; 0 at removed ones."""
+    return torch.softmax(_without(keep, x, -torch.inf), dim, dtype=_dtype(rest, more))
+
+
+def log_softmax(keep: Tensor, x: Tensor, dim: int, *rest: Any, **more: Any) -> Tensor:
+    """Logarithm of the softmax over the kept positions; 0 at removed ones."""
+    return _without(keep, torch.log_softmax(_without(keep, x, -torch.inf), dim, dtype=_dtype(rest, more)), 0.0)
+
+
+def logsumexp(keep: Tensor, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    """Logarithm of the sum of exponentials of the kept positions."""
+    return torch.logsumexp(_without(keep, x, -torch.inf), dim, keepdim)
+
+
+def normalize(keep: Tensor, x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, **_: Any) -> Tensor:
+    """x / its norm over the kept positions."""
+    return torch.nn.functional.normalize(x * keep.to(x.dtype), p, dim, eps)
+
+
+def amax(keep: Tensor, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+    """Largest of the kept positions."""
+    return torch.amax(_without(keep, x, -torch.inf), dim, keepdim)
+
+
+def amin(keep: Tensor, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+    """Smallest of the kept positions."""
+    return torch.amin(_without(keep, x, torch.inf), dim, keepdim)
+
+
+def max_(keep: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Largest of the kept positions, with a dim its place too."""
+    return torch.max(_without(keep, x, -torch.inf), *args, **kwargs)
+
+
+def min_(keep: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Smallest of the kept positions, with a dim its place too."""
+    return torch.min(_without(keep, x, torch.inf), *args, **kwargs)
+
+
+def _dtype(rest: tuple[Any, ...], more: dict[str, Any]) -> torch.dtype | None:
+    """Of F.softmax(x, dim, _stacklevel, dtype) and x.softmax(dim, dtype)."""
+    return next((v for v in (*rest, more.get("dtype")) if isinstance(v, torch.dtype)), None)
+
+
+def _without(keep: Tensor, x: Tensor, value: float) -> Tensor:
+    """x with another value at removed positions."""
+    return x.masked_fill(keep == 0, value)
+
+
 def _dims(dim: Any, x: Tensor) -> tuple[int, ...]:
     if dim is None:
         return tuple(range(x.dim()))
@@ -158,7 +208,7 @@ def attention(keep: Tensor, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 # __name__ of the function as called (torch.mean and Tensor.mean alike) -> what runs instead
-MASKED: dict[str, Callable[..., Tensor]] = {
+MASKED: dict[str, Callable[..., Any]] = {
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
     "group_norm": group_norm,
@@ -168,6 +218,14 @@ MASKED: dict[str, Callable[..., Tensor]] = {
     "norm": norm,
     "var": var,
     "std": std,
+    "softmax": softmax,
+    "log_softmax": log_softmax,
+    "logsumexp": logsumexp,
+    "normalize": normalize,
+    "amax": amax,
+    "amin": amin,
+    "max": max_,
+    "min": min_,
     "matmul": matmul,
     "__matmul__": matmul,
     "bmm": matmul,

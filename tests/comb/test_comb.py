@@ -178,7 +178,7 @@ def test_a_channel_axis_that_meets_tokens_is_frozen():
     assert any("carries no channels" in (g.reason or "") for g in graph.groups)
 
 
-def test_softmax_over_channels_is_frozen():
+def test_a_softmax_over_channels_is_a_place_where_masks_count_channels():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -188,7 +188,7 @@ def test_softmax_over_channels_is_frozen():
             return self.out(F.softmax(self.fc(x), -1))
 
     graph = comb(Net(), torch.randn(2, 3))
-    assert "softmax over this axis" in (graph["fc"].reason or "")
+    assert graph["fc"].prunable and [(s.op, s.channels.shape) for s in graph.norm_sites] == [("softmax", (1, 5))]
 
 
 def test_a_large_model_is_combed_without_its_weights():

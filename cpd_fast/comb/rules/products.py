@@ -21,7 +21,12 @@ def convolution(t: Tracer, call: Call) -> State:
     """x (N, C_in, ...) * w (C_out, C_in / groups, ...), or transposed w (C_in, C_out / groups, ...)."""
     x, w, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
-    x_state = t.only_dim(x, 1, POOLS)
+    same = set(w.shape[2:]) == {1} and tuple(call.out.shape[2:]) == tuple(x.shape[2:])
+    mixed = any(1 in p.dims and len(p.dims) > 1 for p in t.state(x).planes)
+    pointwise = same and groups == 1 and not transposed and not mixed
+    x_state = t.only_dim(x, 1, POOLS, [0] if pointwise else None)
+    # channels along the other dims, which a 1x1 convolution leaves alone
+    beside = [p for p in x_state.planes if p.labels.shape[1] == 1 and p.dims]
     w_state = t.state(w)
     for p in w_state.planes:
         if set(p.dims) & set(range(2, w.dim())):
@@ -49,14 +54,20 @@ def convolution(t: Tracer, call: Call) -> State:
     out_channels = call.out.shape[1]
     positions = prod(call.out.shape) // max(out_channels, 1) if not transposed else prod(x.shape) // x.shape[1]
     weight_planes = [p.labels for p in t.state(w).planes if not set(p.dims) & set(range(2, w.dim()))]
-    t.add_cost("macs", positions, tuple(w.shape), weight_planes)
+    if beside:
+        lead, rest = (1,) * w.dim(), tuple(call.out.shape[2:])
+        weight_planes = [labels.reshape(labels.shape + (1,) * len(rest)) for labels in weight_planes]
+        weight_planes += [p.labels.reshape(lead + p.labels.shape[2:]) for p in beside]
+        t.add_cost("macs", call.out.shape[0], (*w.shape, *rest), weight_planes)
+    else:
+        t.add_cost("macs", positions, tuple(w.shape), weight_planes)
     scaled = sources_of(t, w, bias)
     if out_labels is None:
-        state = State(constant=frozenset())
+        state = State(tuple(beside))
     else:
         shape = [out_channels if d == 1 else 1 for d in range(call.out.dim())]
         zero = all(p.zero for p in t.state(w).planes if p.dims == (side_out,))
-        state = State((Plane(out_labels.reshape(shape), 1, zero),))
+        state = State((Plane(out_labels.reshape(shape), 1, zero), *beside))
     if bias is not None:
         bias_shape = (1, out_channels, *[1] * (call.out.dim() - 2))
         moved = reshape(t.store, t.state(bias), tuple(bias.shape), bias_shape)

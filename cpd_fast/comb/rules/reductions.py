@@ -134,7 +134,7 @@ def reduce(t: Tracer, call: Call) -> Any:
     if call.op in CHECKS and t.values.of(outs[0]) is not None:  # known, however many channels there are
         return State()
     dims = norm_dims(call.arg(position, "dim"), x.dim())
-    state = t.state(x)
+    state = t.tie_rows(x, set(dims))
     t.add_site(x, [p for p in state.planes if set(dims).intersection(p.dims)])
     keep = outs[0].dim() == x.dim()
     zero = not call.op.startswith(("aten.logsumexp", "aten.arg"))
@@ -146,21 +146,29 @@ def reduce(t: Tracer, call: Call) -> Any:
     kept = [d for d in range(x.dim()) if d not in dims]
     constant = frozenset((d if keep else kept.index(d)) for d in state.constant if d in kept)
     result = State(tuple(planes), constant)
+    if call.op in ("aten.max", "aten.min") and len(outs) > 1:
+        t.places(outs[1], [p.labels for p in state.planes if set(dims).intersection(p.dims)])
     return [result] * len(outs) if isinstance(call.out, (tuple, list)) else result
 
 
-@register_rule(
-    *(f"aten.{n}" for n in "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod sort topk".split()),
-    *(f"aten.{n}" for n in "cummax cummin logcumsumexp".split()),
-)
-def softmax(t: Tracer, call: Call) -> Any:
-    """Along tokens the channels stay; along channels the result would change with their number."""
+@register_rule(*(f"aten.{n}" for n in "_softmax _log_softmax _safe_softmax softmax log_softmax".split()))
+def softmax(t: Tracer, call: Call) -> State:
+    """Over a channel axis a mask counts kept channels only; removed ones come out as 0."""
     x = call.args[0]
-    default = x.dim() - 1
-    dim = call.arg(2 if "topk" in call.op else 1, "dim", default) % x.dim()
+    dim = call.arg(1, "dim", x.dim() - 1) % x.dim()
+    state = t.tie_rows(x, {dim})
+    t.add_site(x, [p for p in state.planes if dim in p.dims])
+    return replace(
+        state, planes=tuple(p.where_zero(dim in p.dims) for p in state.planes), constant=state.constant - {dim}
+    )
+
+
+@register_rule(*(f"aten.{n}" for n in "cumsum cumprod cummax cummin logcumsumexp sort topk".split()))
+def ordered(t: Tracer, call: Call) -> Any:
+    """Along tokens the channels stay; along channels their order counts."""
+    x = call.args[0]
+    dim = call.arg(2 if "topk" in call.op else 1, "dim", x.dim() - 1) % x.dim()
     state = t.freeze_dims(x, {dim}, f"{call.op.split('.')[1].strip('_')} over this axis")
-    if "soft" in call.op:
-        state = replace(state, planes=tuple(replace(p, zero=False) for p in state.planes))
     return [state, state] if isinstance(call.out, (tuple, list)) else state
 
 
