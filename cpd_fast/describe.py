@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 ENDS = ("first", "last")
 OUTPUT = "is an output of the model"
+UNUSED = (
+    "Where they read what shrinks (an auxiliary head), they will not fit: comb a module whose forward calls them too"
+)
 
 
 def layer_of(param: str) -> str:
@@ -49,12 +52,25 @@ def table(graph: ChannelGraph) -> str:
     prunable = sum(g.n_channels for g in graph.prunable_groups)
     groups = f"{len(graph.prunable_groups)} of {len(graph.groups)} groups"
     lines.append(f"{prunable} of {graph.n_channels} channels can go, in {groups}")
+    if graph.unused:
+        lines.append(f"never used by the forward, so they keep their shapes: {_some(_whole(graph), 4)}. {UNUSED}")
     return "\n".join(lines)
 
 
 def _some(names: Iterable[str], most: int = 2) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" +{len(names) - most}" if len(names) > most else "")
+
+
+def _whole(graph: ChannelGraph) -> list[str]:
+    """The largest modules (else parameters) that the forward never uses."""
+    used = set(graph.aliases.values()).difference(graph.unused)
+    found = []
+    for name in graph.unused:
+        parts = name.split(".")
+        heads = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        found.append(next((h for h in heads if not any(u.startswith(f"{h}.") for u in used - {name})), name))
+    return list(dict.fromkeys(found))
 
 
 def explain(graph: ChannelGraph, param: str) -> str:
@@ -73,6 +89,9 @@ def explain(graph: ChannelGraph, param: str) -> str:
     inside = [n for n in graph.tensors if n.startswith(f"{name}.")]
     if inside:
         return "\n".join(explain(graph, n) for n in inside)
+    unused = [n for n in graph.unused if n == name or n.startswith(f"{name}.")]
+    if unused:
+        return f"{param}: the forward on the example inputs never uses it, so it keeps its shape. {UNUSED}"
     if name in graph.aliases:
         return f"{param}: no channel runs through it"
     near = difflib.get_close_matches(param, graph.aliases, n=3)
@@ -107,6 +126,7 @@ def as_dict(graph: ChannelGraph) -> dict[str, Any]:
         "fingerprint": graph.fingerprint,
         "inputs": [list(s) for s in graph.input_shapes],
         "channels": graph.n_channels,
+        "unused": list(graph.unused),
         "groups": [
             {
                 "name": g.name,

@@ -200,6 +200,7 @@ class ChannelGraph:
     needs_hooks: bool = False  # whether the forward relies on hooks of its own
     heads: bool = False  # whether channels of attention are whole heads
     hopes: frozenset[str] = frozenset()  # modules in which slices were taken to follow the channels
+    unused: tuple[str, ...] = ()  # parameters that the forward never reads: they keep their shapes
     options: Mapping[str, Any] = field(default_factory=dict)  # what comb must be told to find the same groups again
     _by_name: dict[str, CoupledGroup] = field(default_factory=dict, repr=False)
 

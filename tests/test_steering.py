@@ -279,3 +279,25 @@ def test_as_dict_is_the_graph():
     assert [g["name"] for g in doc["groups"]] == [g.name for g in graph.groups]
     stem = next(g for g in doc["groups"] if g["name"] == "stem")
     assert {"name": "conv1.weight", "dims": [1], "produces": False, "indices": 1} in stem["tensors"]
+
+
+class WithAuxiliaryHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.heads = nn.ModuleList([nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), nn.Linear(8, 2)])
+        self.spare = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.o(y) + self.heads[1](y)
+
+
+def test_what_the_forward_never_uses_is_said():
+    """It keeps its shape; whether it fits afterwards, nobody knows."""
+    graph = comb(WithAuxiliaryHead(), torch.zeros(2, 3))
+    assert graph.unused == ("spare", "heads.0.0.weight", "heads.0.0.bias", "heads.0.1.weight", "heads.0.1.bias")
+    assert "never used by the forward, so they keep their shapes: spare, heads.0. Where" in str(graph)
+    for name in ("heads.0", "heads.0.1.bias", "spare"):
+        assert f"{name}: the forward on the example inputs never uses it" in graph.explain(name)
+    assert "never uses" not in graph.explain("heads.1.bias") and graph.as_dict()["unused"] == list(graph.unused)

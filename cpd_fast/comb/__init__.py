@@ -132,6 +132,7 @@ def _comb(
         needs_hooks=hooks,
         heads=heads,
         hopes=frozenset(eval_trace.hopes | train_trace.hopes),
+        unused=tuple(n for n in parameters if n not in set(order)),
         untouched=sum(p.numel() for n, p in parameters.items() if n not in mapped),
     )
 
