@@ -171,6 +171,8 @@ class Run:
     def go(self) -> Result:
         """All stages."""
         torch.manual_seed(stage_seed(self.config.seed, "teacher"))
+        if self.machine.half and self.machine.device.type == "cpu":
+            self.talk.say("precision=fp16 on the CPU takes many times as long as fp32: for trying things out only")
         teacher = self.task.build().to(self.machine.device)
         at = self._resume()
         graph = self._comb(teacher)
