@@ -44,18 +44,18 @@ def make(name):
 class Loop:
     """One network in training; ``pruner`` steps in every iteration, where there is one."""
 
-    def __init__(self, model, batch, pruner=None):
-        self.model, self.batch, self.pruner = model, batch, pruner
+    def __init__(self, model, batch, pruner=None, looked_at=None):
+        self.model, self.batch, self.pruner, self.looked_at = model, batch, pruner, looked_at
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
-    def loss(self):
-        return F.cross_entropy(self.model(self.batch[0]), self.batch[1])
+    def loss(self, samples=None):
+        return F.cross_entropy(self.model(self.batch[0][:samples]), self.batch[1][:samples])
 
     def __call__(self):
         self.optimizer.zero_grad()
         self.loss().backward()
         if self.pruner is not None:
-            self.pruner.step(self.loss)
+            self.pruner.step(partial(self.loss, self.looked_at))
         self.optimizer.step()
 
 
@@ -86,10 +86,11 @@ def masks_alone(model, batch):
     return loop
 
 
-def probed(criterion, model, batch):
-    """A probe in every iteration, and a removal of next to nothing after it."""
+def probed(criterion, parts, model, batch):
+    """A probe in every iteration on one of ``parts`` parts of the batch, and a removal of next to nothing after it."""
     steps = cpd.Greedy(interval=1, steps=10**6)
-    return Loop(model, batch, cpd.Pruner(model, batch[0][:1], cpd.Target(macs=0.99), criterion, steps))
+    pruner = cpd.Pruner(model, batch[0][:1], cpd.Target(macs=0.99), criterion, steps)
+    return Loop(model, batch, pruner, max(len(batch[0]) // parts, 1))
 
 
 PROVIDERS = {
@@ -97,9 +98,10 @@ PROVIDERS = {
     "taylor": taylor,
     "masks_alone": masks_alone,
     "taylor_masked": taylor_masked,
-    "hessian_trace": partial(probed, cpd.HessianTrace()),
-    "finite_difference": partial(probed, cpd.HessianTrace(engine="finite_difference", step=1e-3)),
-    "gate_hessian": partial(probed, cpd.GateHessian()),
+    "hessian_trace": partial(probed, cpd.HessianTrace(), 1),
+    "hessian_trace_of_a_quarter": partial(probed, cpd.HessianTrace(), 4),
+    "gate_hessian": partial(probed, cpd.GateHessian(), 1),
+    "gate_hessian_of_a_half": partial(probed, cpd.GateHessian(), 2),
 }
 
 
