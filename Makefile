@@ -18,7 +18,7 @@ lint: .venv/test.ok
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu)$$')
 
-zoo: .venv/zoo.ok
+zoo: .venv/test.ok
 	$(BIN)/pytest tests/zoo -m "slow or not slow"
 
 bench: .venv/test.ok
@@ -27,8 +27,7 @@ bench: .venv/test.ok
 # One stamp a set of extras. The library is rebuilt when what it is made of changes.
 NATIVE := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 .venv/demo.ok: EXTRAS = train,export
-.venv/test.ok: EXTRAS = test
-.venv/zoo.ok: EXTRAS = test,zoo
+.venv/test.ok: EXTRAS = test,zoo,loops,tensorboard
 .venv/docs.ok: EXTRAS = docs
 .venv/%.ok: $(NATIVE)
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
