@@ -128,7 +128,8 @@ def test_messages():
 
 def test_register_all_replaces_the_originals(monkeypatch):
     for package in ("mmengine", "mmseg", "mmrazor"):
-        monkeypatch.setitem(sys.modules, package, None)  # as if none were installed
+        for name in (package, f"{package}.registry"):  # as if none were installed
+            monkeypatch.setitem(sys.modules, name, None)
     assert losses.register_all() == []
     registered = {}
 
