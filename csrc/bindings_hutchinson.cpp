@@ -78,6 +78,27 @@ void bind_hutchinson(py::module_& m) {
       },
       no_gil);
   m.def(
+      "reversible_step",
+      [](const std::vector<int64_t>& numbers, uint64_t seed, uint32_t probe, float step, bool back, uintptr_t lost,
+         uintptr_t is_away, int num_threads) {
+        require(num_threads >= 1, "reversible_step: num_threads must be >= 1");
+        require(lost && is_away, "reversible_step: lost and is_away must not be null");
+        const auto tensors = sign_tensors(numbers);
+        for (const auto& t : tensors) require(t.dtype == cpd::Dtype::kF32, "reversible_step: dtype must be fp32");
+        cpd::reversible_step({tensors.data(), int64_t(tensors.size()), seed, probe, step, back,
+                              reinterpret_cast<int8_t*>(lost), reinterpret_cast<int32_t*>(is_away), num_threads});
+      },
+      no_gil);
+  m.def(
+      "small_elements",
+      [](uintptr_t x, int64_t numel, float step, int64_t most) {
+        require(x != 0, "small_elements: x must not be null");
+        std::vector<int64_t> found;
+        cpd::small_elements({reinterpret_cast<const float*>(x), numel, step, most, &found});
+        return found;
+      },
+      no_gil);
+  m.def(
       "hutchinson_reduce",
       [](uintptr_t entries, int64_t num_entries, const std::vector<uintptr_t>& data, bool has_signs, uint64_t seed,
          uint32_t probe, double alpha, uintptr_t out, bool is_double, uintptr_t bad, int num_threads) {

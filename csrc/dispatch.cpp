@@ -16,6 +16,8 @@
   X(scale_rows, ScaleRows)                    \
   X(resized_kl, ResizedKl)                    \
   X(rademacher, Rademacher)                   \
+  X(reversible_step, ReversibleStep)          \
+  X(small_elements, SmallElements)            \
   X(hutchinson_reduce, HutchinsonReduce)      \
   X(channel_sums, ChannelSums)                \
   X(masked_depthwise, MaskedDepthwise)        \

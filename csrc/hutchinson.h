@@ -2,6 +2,7 @@
 // cpd_fast/ops/_philox.py.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "channel_kl.h"
 
@@ -25,6 +26,30 @@ struct Rademacher {
   bool add;
   double alpha;
   int num_threads;
+};
+
+// fp32 tensors move by step * v, and back to the bits they had: lost has a byte an element, of all tensors one after
+// the other. Every x must be +0 or have |x| >= step / 16: then x and (x + step * v) - step * v are within 35 of each
+// other as integers. is_away = 1 once all have moved, 0 once all are back.
+struct ReversibleStep {
+  const SignTensor* tensors;
+  int64_t count;
+  uint64_t seed;
+  uint32_t probe;
+  float step;
+  bool back;
+  int8_t* lost;
+  int32_t* is_away;
+  int num_threads;
+};
+
+// Which of x are neither +0 nor as large as ReversibleStep needs; ends soon after there are more than `most`.
+struct SmallElements {
+  const float* x;
+  int64_t numel;
+  float step;
+  int64_t most;
+  std::vector<int64_t>* found;
 };
 
 // A tensor seen as (rows, channels, inner), row-major, and where its sums go: -1 where they are not wanted. Exactly
@@ -92,6 +117,8 @@ struct ReduceAddresses {
 };
 
 void rademacher(const Rademacher& args);
+void reversible_step(const ReversibleStep& args);
+void small_elements(const SmallElements& args);
 void hutchinson_reduce(const HutchinsonReduce& args);
 void channel_sums(const ChannelSums& args);
 

@@ -10,10 +10,12 @@ from cpd_fast.ops.class_kl import class_kl
 from cpd_fast.ops.hutchinson import ReduceTable, hutchinson_reduce, squared_norms
 from cpd_fast.ops.masked_conv import masked_conv2d, masked_linear
 from cpd_fast.ops.rademacher import fill_rademacher_, perturb_, rademacher
+from cpd_fast.ops.reversible import ReversibleStep
 
 __all__ = [
     "ChannelTable",
     "ReduceTable",
+    "ReversibleStep",
     "channel_kl",
     "channel_sums",
     "class_kl",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cpd_fast.errors import ScoreError
 from cpd_fast.memory import Part
-from cpd_fast.ops import perturb_
+from cpd_fast.ops import ReversibleStep
 from cpd_fast.score.criterion import Context, checked
 
 _RATIO = 8.0  # between the steps that are compared
@@ -33,8 +33,8 @@ class Step:
 class Differences:
     """Forward differences of the gradient of one batch's loss.
 
-    Gradients are reduced as autograd makes them, a few MiB at a time, and dropped: beside the parameters and their copy
-    nothing of their size is ever held.
+    Gradients are reduced as autograd makes them, a few MiB at a time, and dropped: beside the parameters, and the byte
+    an element (or the copy) that takes them back, nothing of their size is ever held.
 
     Args:
         context: Model and graph.
@@ -57,9 +57,9 @@ class Differences:
     def products(self, probes: Sequence[int], step: float) -> Iterator[Tensor]:
         """``v . (H v)`` summed to pieces ``(n_pieces,)``, for each probe."""
         before = self._reduced(self.parts, probes)
-        saved = [t.detach().clone() for t in self.context.tensors]  # once: they are the same after every probe
+        steps = steps_of(self.context, step)  # once: the parameters are the same after every probe
         for k, probe in enumerate(probes):
-            with moved(self.context, probe, step, saved):
+            with moved(steps, probe):
                 (after,) = self._reduced(self.parts, [probe])
             yield (after - before[k]) / step
 
@@ -73,7 +73,7 @@ class Differences:
         (before,) = self._reduced(part, [probe])
 
         def observe(step: float) -> Tensor:
-            with moved(self.context, probe, step):
+            with moved(steps_of(self.context, step), probe):
                 (after,) = self._reduced(part, [probe])
             return channels((after - before) / step).double()
 
@@ -184,20 +184,22 @@ def _balance(lower: float, upper: float) -> tuple[float, float]:
     return factor, sqrt(curvature * factor**2 + rounding / factor**2)
 
 
+def steps_of(context: Context, step: float) -> ReversibleStep:
+    """Steps of the scored parameters along the context's probes."""
+    return ReversibleStep(context.tensors, step, context.probes.seed)
+
+
 @contextmanager
-def moved(context: Context, probe: int, step: float, saved: list[Tensor] | None = None) -> Iterator[None]:
-    """Parameters at ``w + step * v``; restored bit for bit, also when interrupted, from ``saved`` (None: a copy)."""
-    # .data: no new version, so graphs that hold these weights stay valid
-    tensors = [t.data for t in context.tensors]
-    saved = [t.clone() for t in tensors] if saved is None else saved
+def moved(steps: ReversibleStep, probe: int) -> Iterator[None]:
+    """Parameters at ``w + step * v``; restored bit for bit, also when interrupted."""
     try:
-        perturb_(tensors, step, context.probes.seed, probe)
+        steps.away(probe)
         yield
     finally:
         interrupt: KeyboardInterrupt | None = None
         while True:
             try:
-                torch._foreach_copy_(tensors, saved)
+                steps.back()
                 break
             except KeyboardInterrupt as e:  # a second Ctrl-C: restore first, then obey
                 interrupt = e

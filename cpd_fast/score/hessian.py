@@ -50,7 +50,7 @@ class HessianTrace(Criterion):
               ``num_probes=1`` it is ``"retained"``: one fresh batch a probe.
             - ``"finite_difference"``: one more gradient a probe at parameters moved along it, which are restored bit
               for bit whatever happens. Works with every operator, fused attention, autocast and compiled models, in the
-              memory of a forward and backward plus a copy of the parameters. Its error of first order in the step is
+              memory of a training step. Its error of first order in the step is
               odd in the probe and averages out; a step across the kink of a ReLU shows as a rare large observation.
               ``scores.info`` has the step and its estimated relative error.
             - ``"auto"``: ``"retained"``, or ``"finite_difference"`` where an operator has no double backward, or what

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/logical.h"
 #include "cpu/philox.h"
 #include "cpu/signed_sums.h"
 #include "cpu/simd.h"
@@ -23,23 +24,7 @@ using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 constexpr int64_t kItemElements = 1 << 18, kItemWidth = 1 << 14, kItemRows = 1 << 14;
 constexpr int64_t kColumnElements = 1 << 20, kColumnRows = 512;  // with columns, which cost an item a pass; in fp32
-constexpr int64_t kFillElements = 1 << 16;
-constexpr int64_t kShort = 128;  // rows up to this long are summed sixteen at a time
-
-// Calls whole(word, i) for i = 0, 32, .. of whole words in [begin, end), single(bit, i) for what is left; i counts from
-// begin.
-template <class Whole, class Single>
-inline void each_sign(const Signs& signs, int64_t begin, int64_t end, Whole whole, Single single) {
-  int64_t i = begin;
-  const int64_t aligned = std::min(end, (begin + 31) / 32 * 32);
-  for (; i < aligned; ++i) single(signs.bit(i), i - begin);
-  for (; i + 32 <= end; i += 32) whole(signs.words[(i - signs.base) >> 5], i - begin);
-  for (; i < end; ++i) single(signs.bit(i), i - begin);
-}
-
-inline float flip(float x, uint32_t sign) {
-  return as_float(as_bits(x) ^ sign);
-}
+constexpr int64_t kShort = 128;                                  // rows up to this long are summed sixteen at a time
 
 // y = v * x for elements [begin, end); x and y start at element begin.
 inline void apply(const Signs& signs, int64_t begin, int64_t end, const float* x, float* y) {
@@ -71,23 +56,6 @@ inline float widen(half_t x) {
 }
 inline float widen(bfloat_t x) {
   return to_float(x);
-}
-
-// Visits logical elements [begin, end) of a channels-last tensor: visit(offset in memory, i), i counts from begin.
-template <class Visit>
-inline void each_last(int64_t begin, int64_t end, int64_t channels, int64_t inner, Visit visit) {
-  const int64_t length = channels * inner;
-  for (int64_t f = begin; f < end;) {
-    const int64_t row = f / length, e = f - row * length, stop = std::min(end, (row + 1) * length);
-    int64_t c = e / inner, k = e - c * inner;
-    for (; f < stop; ++f) {
-      visit(row * length + k * channels + c, f - begin);
-      if (++k == inner) {
-        k = 0;
-        ++c;
-      }
-    }
-  }
 }
 
 // ---- sums ----
@@ -426,13 +394,7 @@ void sum_channels(const ChannelSums& args) {
 }  // namespace
 
 void rademacher(const Rademacher& args) {
-  struct Part {
-    int64_t tensor, begin;
-  };
-  std::vector<Part> parts;
-  for (int64_t i = 0; i < args.count; ++i) {
-    for (int64_t begin = 0; begin < args.tensors[i].numel; begin += kFillElements) parts.push_back({i, begin});
-  }
+  const std::vector<Part> parts = parts_of(args.tensors, args.count);
   const int64_t count = int64_t(parts.size());
 #pragma omp parallel num_threads(args.num_threads) if (args.num_threads > 1 && count > 1)
   {
@@ -440,9 +402,8 @@ void rademacher(const Rademacher& args) {
     Room<double> wide;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; ++i) {
-      const SignTensor& tensor = args.tensors[parts[size_t(i)].tensor];
-      const int64_t begin = parts[size_t(i)].begin;
-      fill_part(args, tensor, begin, std::min(tensor.numel, begin + kFillElements), &room, &wide);
+      const Part& part = parts[size_t(i)];
+      fill_part(args, args.tensors[part.tensor], part.begin, part.end, &room, &wide);
     }
   }
 }

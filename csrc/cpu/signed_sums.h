@@ -1,11 +1,13 @@
 // Sums of values times signs, or of squares: of one long row, or of many short ones, sixteen at a time. Whatever the
 // instruction set, the same operations in the same order, so the same bits.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 #include "cpu/philox.h"
+#include "cpu/simd.h"
 
 namespace cpd {
 namespace CPD_ISA {
@@ -27,6 +29,21 @@ struct Signs {
   const char* bytes(int64_t i) const { return reinterpret_cast<const char*>(words) + ((i - base) >> 3); }
   uint32_t bit(int64_t i) const { return words[(i - base) >> 5] >> ((i - base) & 31) & 1u; }
 };
+
+// Calls whole(word, i) for i = 0, 32, .. of whole words in [begin, end), single(bit, i) for what is left; i counts from
+// begin.
+template <class Whole, class Single>
+inline void each_sign(const Signs& signs, int64_t begin, int64_t end, Whole whole, Single single) {
+  int64_t i = begin;
+  const int64_t aligned = std::min(end, (begin + 31) / 32 * 32);
+  for (; i < aligned; ++i) single(signs.bit(i), i - begin);
+  for (; i + 32 <= end; i += 32) whole(signs.words[(i - signs.base) >> 5], i - begin);
+  for (; i < end; ++i) single(signs.bit(i), i - begin);
+}
+
+inline float flip(float x, uint32_t sign) {
+  return as_float(as_bits(x) ^ sign);
+}
 
 // A vector of 64 bytes, whatever the instruction set makes of it.
 template <class A>

@@ -69,7 +69,7 @@ def test_every_body_gives_the_same_scores(monkeypatch, engine):
     """Same seed, same probes bit for bit; sums differ in their order alone. (CUDA bodies: tests/ops, host model.)"""
     places = [
         (_probes, "rademacher"), (_probes, "fill_rademacher_"), (_layout, "hutchinson_reduce"),
-        (_layout, "channel_sums"), (hessian, "squared_norms"), (_finite, "perturb_"),
+        (_layout, "channel_sums"), (hessian, "squared_norms"), (_finite, "ReversibleStep"),
     ]  # fmt: skip
     model, graph = mlp(widths=(5, 6, 3))
     batch = data(5, classes=3)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpd_fast.errors import ScoreError
+from cpd_fast.ops import ReversibleStep
 from cpd_fast.score import HessianTrace, Taylor, score
 from cpd_fast.score._probes import Probes
 from tests.helpers import build_graph, grouped, mlp, two_conv
@@ -224,32 +225,27 @@ def test_finite_difference_restores_bit_for_bit_when_interrupted(error):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_restores_through_a_second_interrupt(monkeypatch):
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_restores_through_a_second_interrupt(monkeypatch, when):
     model, graph = two_conv()
     before, state = snapshot(model), {"left": 1, "calls": 0}
-    copy = torch._foreach_copy_
+    back = ReversibleStep.back
 
-    def interrupted(*args):
-        if state["left"]:
-            state["left"] -= 1
-            raise KeyboardInterrupt
-        return copy(*args)
+    def interrupted(self):
+        state["left"] -= 1
+        if when == "after":
+            back(self)
+        raise KeyboardInterrupt
 
     def loss(m, b):
         state["calls"] += 1
         if state["calls"] == 3:
-            monkeypatch.setattr(torch, "_foreach_copy_", interrupted)
+            monkeypatch.setattr(ReversibleStep, "back", lambda self: (interrupted if state["left"] else back)(self))
         return cross_entropy(m, b)
 
+    batch = data(3, 8, 8, classes=4, dtype=torch.float32)
     with pytest.raises(KeyboardInterrupt):
-        score(
-            model,
-            graph,
-            [data(3, 8, 8, classes=4, dtype=torch.float32)],
-            loss,
-            HessianTrace(1, engine="finite_difference"),
-        )
-    monkeypatch.undo()
+        score(model, graph, [batch], loss, HessianTrace(1, engine="finite_difference"))
     assert state == {"left": 0, "calls": 3}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
