@@ -21,19 +21,6 @@ void require(bool is_right, const char* what) {
   if (!is_right) throw std::invalid_argument(std::string("masked_groups: ") + what);
 }
 
-cpd::LiveChannels channels_at(const int64_t*& table, int64_t groups, int64_t live, int64_t held) {
-  cpd::LiveChannels c{};
-  c.num_live = live;
-  c.num_held = held;
-  const int64_t** const fields[] = {&c.starts, &c.held, &c.at, &c.index, &c.slot};
-  const int64_t lengths[] = {groups + 1, groups + 1, live, live, held};
-  for (size_t i = 0; i < 5; ++i) {
-    *fields[i] = table;
-    table += lengths[i];
-  }
-  return c;
-}
-
 cpd::MaskedGroups groups_args(const Pointers& p, uintptr_t table, const Numbers& s, int num_threads) {
   require(0 <= s[0] && s[0] <= 3, "dtype must be 0 to 3");
   require(num_threads >= 1, "num_threads must be >= 1");
@@ -45,41 +32,9 @@ cpd::MaskedGroups groups_args(const Pointers& p, uintptr_t table, const Numbers&
     require(padding >= 0 && s[22 + d] >= 1, "padding must be >= 0, dilation >= 1");
     require((out - 1) * stride + (kernel - 1) * s[22 + d] + 1 <= in + 2 * padding, "the output is too large");
   }
-  const auto* entry = reinterpret_cast<const int64_t*>(table);
-  const auto inputs = channels_at(entry, s[2], s[3], s[4]), outputs = channels_at(entry, s[2], s[5], s[6]);
-  const auto in = [&](size_t i) { return reinterpret_cast<const void*>(p[i]); };
-  const auto out = [&](size_t i) { return reinterpret_cast<void*>(p[i]); };
-  return {cpd::Dtype(s[0]),
-          s[1] != 0,
-          in(0),
-          in(1),
-          in(2),
-          in(3),
-          out(4),
-          out(5),
-          out(6),
-          out(7),
-          inputs,
-          outputs,
-          s[2],
-          s[7],
-          s[8],
-          s[9],
-          s[10],
-          s[11],
-          s[12],
-          s[13],
-          s[14],
-          s[15],
-          s[16],
-          s[17],
-          s[18],
-          s[19],
-          s[20],
-          s[21],
-          s[22],
-          s[23],
-          num_threads};
+  std::array<void*, 8> pointers;
+  for (size_t i = 0; i < 8; ++i) pointers[i] = reinterpret_cast<void*>(p[i]);
+  return cpd::masked_groups_of(pointers.data(), reinterpret_cast<const int64_t*>(table), s.data(), num_threads);
 }
 
 // What Python has checked already; here only what would read or write wild memory.
@@ -98,10 +53,15 @@ void check_table(const cpd::LiveChannels& c, int64_t groups, int64_t most) {
   }
 }
 
-cpd::MaskedGroups checked(const Pointers& p, std::initializer_list<size_t> needed, uintptr_t table, const Numbers& s,
-                          int num_threads) {
+cpd::MaskedGroups with(std::initializer_list<size_t> needed, const Pointers& p, uintptr_t table, const Numbers& s,
+                       int num_threads) {
   for (const size_t i : needed) require(p[i] != 0, "pointers must not be null");
-  const auto args = groups_args(p, table, s, num_threads);
+  return groups_args(p, table, s, num_threads);
+}
+
+cpd::MaskedGroups checked(std::initializer_list<size_t> needed, const Pointers& p, uintptr_t table, const Numbers& s,
+                          int num_threads) {
+  const auto args = with(needed, p, table, s, num_threads);
   check_table(args.inputs, args.groups, args.weight_row / (args.kernel_h * args.kernel_w));
   check_table(args.outputs, args.groups, args.weight_rows);
   return args;
@@ -114,19 +74,45 @@ void bind_masked_groups(py::module_& m) {
   m.def(
       "masked_groups",
       [](const Pointers& p, uintptr_t table, const Numbers& s, int num_threads) {
-        cpd::masked_groups(checked(p, {0, 1, 4}, table, s, num_threads));
+        cpd::masked_groups(checked({0, 1, 4}, p, table, s, num_threads));
       },
       no_gil);
   m.def(
       "masked_groups_input",
       [](const Pointers& p, uintptr_t table, const Numbers& s, int num_threads) {
-        cpd::masked_groups_input(checked(p, {1, 3, 5}, table, s, num_threads));
+        cpd::masked_groups_input(checked({1, 3, 5}, p, table, s, num_threads));
       },
       no_gil);
   m.def(
       "masked_groups_weight",
       [](const Pointers& p, uintptr_t table, const Numbers& s, int num_threads) {
-        cpd::masked_groups_weight(checked(p, {0, 3, 6}, table, s, num_threads));
+        cpd::masked_groups_weight(checked({0, 3, 6}, p, table, s, num_threads));
       },
       no_gil);
+#ifdef CPD_WITH_CUDA
+  // The table is on the device: its lists are as Python made them.
+  m.def(
+      "masked_groups_cuda",
+      [](const Pointers& p, uintptr_t table, const Numbers& s, uintptr_t stream) {
+        cpd::masked_groups_cuda(with({0, 1, 4}, p, table, s, 1), reinterpret_cast<void*>(stream));
+      },
+      no_gil);
+  m.def(
+      "masked_groups_input_cuda",
+      [](const Pointers& p, uintptr_t table, const Numbers& s, uintptr_t stream) {
+        cpd::masked_groups_input_cuda(with({1, 3, 5}, p, table, s, 1), reinterpret_cast<void*>(stream));
+      },
+      no_gil);
+  m.def(
+      "masked_groups_weight_cuda",
+      [](const Pointers& p, uintptr_t table, const Numbers& s, uintptr_t scratch, uintptr_t stream) {
+        cpd::masked_groups_weight_cuda(with({0, 3, 6}, p, table, s, 1), reinterpret_cast<void*>(scratch),
+                                       reinterpret_cast<void*>(stream));
+      },
+      no_gil);
+  m.def("masked_groups_weight_cuda_scratch", [](const Numbers& s) {
+    int64_t nothing = 0;
+    return cpd::masked_groups_weight_cuda_scratch(groups_args({}, reinterpret_cast<uintptr_t>(&nothing), s, 1));
+  });
+#endif
 }

@@ -29,8 +29,29 @@ struct MaskedGroups {
   int num_threads;
 };
 
+// Pointers input to dbias, the lists of inputs and then of outputs one after another, and dtype, channels_last, groups,
+// live and held of inputs, of outputs, weight_rows to dilation_w: what cpd_fast/ops/_direct.py makes.
+inline MaskedGroups masked_groups_of(void* const* p, const int64_t* table, const int64_t* s, int num_threads) {
+  const auto side = [&](int64_t live, int64_t held) {
+    const int64_t* starts = table;
+    const int64_t* places = starts + s[2] + 1;
+    const int64_t* at = places + s[2] + 1;
+    table = at + 2 * live + held;
+    return LiveChannels{starts, places, at, at + live, at + 2 * live, live, held};
+  };
+  const LiveChannels inputs = side(s[3], s[4]), outputs = side(s[5], s[6]);
+  return {Dtype(s[0]), s[1] != 0, p[0],  p[1],  p[2],  p[3],  p[4],  p[5],  p[6],       p[7],  inputs,
+          outputs,     s[2],      s[7],  s[8],  s[9],  s[10], s[11], s[12], s[13],      s[14], s[15],
+          s[16],       s[17],     s[18], s[19], s[20], s[21], s[22], s[23], num_threads};
+}
+
 void masked_groups(const MaskedGroups& args);         // output of input, weight, bias
 void masked_groups_input(const MaskedGroups& args);   // dinput of doutput, weight
 void masked_groups_weight(const MaskedGroups& args);  // dweight, dbias of doutput, input
+
+void masked_groups_cuda(const MaskedGroups& args, void* stream);
+void masked_groups_input_cuda(const MaskedGroups& args, void* stream);
+void masked_groups_weight_cuda(const MaskedGroups& args, void* scratch, void* stream);
+int64_t masked_groups_weight_cuda_scratch(const MaskedGroups& args);  // bytes
 
 }  // namespace cpd

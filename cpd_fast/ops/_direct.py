@@ -1,12 +1,13 @@
 """The direct bodies of masked_conv2d for few channels a group, read and written through index lists where they are.
 
-``cpu`` runs csrc/cpu/masked_groups.cpp (``_depthwise`` has one more body). Lists and shapes are those of
-csrc/masked_groups.h.
+``cpu`` runs csrc/cpu/masked_groups.cpp (``_depthwise`` has one more body), ``cuda`` csrc/cuda/masked_groups.cu,
+``triton`` kernels/masked_groups.py. Lists and shapes are those of csrc/masked_groups.h.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -32,13 +33,15 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> str 
     return None
 
 
-def direct_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, channels: Channels, geometry: Geometry) -> Tensor:
+def direct_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, channels: Channels, geometry: Geometry, backend: str
+) -> Tensor:
     """Groups are convolved where they are; where nothing is read or written no kernel runs."""
     if not channels.outputs or not x.numel():
         return compact_conv2d(x, weight, bias, channels, geometry)
     if not (weight.is_contiguous() or is_channels_last(weight)):
         weight = weight.contiguous()
-    y: Tensor = Direct.apply(x, weight, bias if bias is None else bias.contiguous(), channels, geometry)
+    y: Tensor = Direct.apply(x, weight, bias if bias is None else bias.contiguous(), channels, geometry, backend)
     return y
 
 
@@ -74,13 +77,13 @@ class Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, channels: Channels, geometry: Geometry
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, channels: Channels, geometry: Geometry, backend: str
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.channels, ctx.geometry = channels, geometry
+        ctx.channels, ctx.geometry, ctx.backend = channels, geometry, backend
         size = geometry.out_size(x, weight)
         y = torch.empty((len(x), len(channels.held), *size), dtype=x.dtype, device=x.device, memory_format=_format(x))
-        _call("masked_groups", ctx, x, weight, bias, None, y, None, None, None)
+        _call(0, ctx, x, weight, bias, None, y, None, None, None)
         return y
 
     @staticmethod
@@ -88,17 +91,17 @@ class Direct(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the result must be differentiable
             y = compact_conv2d(x, weight, bias, ctx.channels, ctx.geometry)
-            return *gradients_again(ctx, y, grad), None, None
+            return *gradients_again(ctx, y, grad), None, None, None
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         grad = grad.contiguous(memory_format=_format(x))
         dx = torch.empty_like(x) if need_x else None
         dw = torch.empty_like(weight) if need_w or need_b else None
         db = torch.empty_like(bias) if need_b else None
         if dx is not None:
-            _call("masked_groups_input", ctx, None, weight, None, grad, None, dx, None, None)
+            _call(1, ctx, None, weight, None, grad, None, dx, None, None)
         if dw is not None:
-            _call("masked_groups_weight", ctx, x, weight, None, grad, None, None, dw, db)
-        return dx, dw if need_w else None, db, None, None
+            _call(2, ctx, x, weight, None, grad, None, None, dw, db)
+        return dx, dw if need_w else None, db, None, None, None
 
 
 def gradients_again(ctx: Any, y: Tensor, grad: Tensor) -> list[Tensor | None]:
@@ -113,8 +116,10 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
-def _call(name: str, ctx: Any, *tensors: Tensor | None) -> None:
-    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+_NAMES = ("masked_groups", "masked_groups_input", "masked_groups_weight")
+
+
+def _call(which: int, ctx: Any, *tensors: Tensor | None) -> None:
     x, weight, _, dy, y, dx = tensors[:6]
     images = x if x is not None else dx
     results = y if y is not None else dy
@@ -127,4 +132,24 @@ def _call(name: str, ctx: Any, *tensors: Tensor | None) -> None:
         rows, columns * kh * kw, *steps, len(images), *images.shape[2:], *results.shape[2:], kh, kw,
         *ctx.geometry.stride, *ctx.geometry.padding, *ctx.geometry.dilation,
     ]  # fmt: skip
-    getattr(_dispatch._native(), name)(pointers, table.data_ptr(), numbers, torch.get_num_threads())
+    launch(ctx.backend, which, tensors, table, numbers)
+
+
+def launch(backend: str, which: int, tensors: tuple[Tensor | None, ...], table: Tensor, numbers: list[int]) -> None:
+    """Run a body: values, the gradient of inputs or that of weights."""
+    if backend == "triton":
+        kernels = importlib.import_module("cpd_fast.kernels.masked_groups")
+        with _dispatch._on(table):
+            kernels.masked_groups_launch(which, tensors, table, numbers)
+        return
+    native: Any = _dispatch._native()
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    if backend == "cpu":
+        getattr(native, _NAMES[which])(pointers, table.data_ptr(), numbers, torch.get_num_threads())
+        return
+    with _dispatch._on(table):
+        stream = _dispatch._stream(table)
+        scratch = [native.masked_groups_weight_cuda_scratch(numbers)] if which == 2 else []
+        room = [table.new_empty(bytes, dtype=torch.uint8) for bytes in scratch]
+        extra = [t.data_ptr() for t in room]
+        getattr(native, f"{_NAMES[which]}_cuda")(pointers, table.data_ptr(), numbers, *extra, stream)

@@ -13,10 +13,13 @@ from cpd_fast.ops import _direct, _dispatch
 from cpd_fast.ops._masked_compact import is_channels_last
 
 BODIES = {
+    "cuda": "CUDA kernels that read and write through index lists",
     "cpu": "native kernels that read and write through index lists",
+    "triton": "Triton kernels that read and write through index lists",
     "compact": "the library's kernels on weights without masked channels",
     "reference": "the library's kernels at full width",
 }
+DIRECT = ("cuda", "cpu", "triton")
 Reasons = dict[str, str | None]
 Verdict = tuple[Reasons, Reasons]  # why bodies cannot run; why those that can had better not
 LATER = "comes later in the order"
@@ -43,18 +46,25 @@ class Call(NamedTuple):
 
     def reasons(self) -> Reasons:
         """Why a body cannot run."""
-        why = _direct.why_not(self.x, self.weight, self.bias, self.groups) or _dispatch._why_not_cpu(self.x)
-        return {"cpu": why, "compact": None, "reference": None}
+        why = _direct.why_not(self.x, self.weight, self.bias, self.groups)
+        direct = {name: why or _dispatch._WHY_NOT[name](self.x) for name in DIRECT}
+        if max(self.x.shape[2:]) > 2**24 or self.x.shape[2] * self.x.shape[3] > 2**28:
+            large = f"needs planes of at most 2^28 pixels, and 2^24 a side, got {tuple(self.x.shape[2:])}"
+            direct |= {name: direct[name] or large for name in ("cuda", "triton")}
+        return direct | {"compact": None, "reference": None}
 
     def slower(self) -> Reasons:
         """Why a body that could run is not the one to choose, as measured."""
-        if self.weight.shape[:2] != (self.groups, 1):
+        if self.x.device.type != "cpu":
             return {}
+        slower: Reasons = {"triton": "is an interpreter here, for tests"}
+        if self.weight.shape[:2] != (self.groups, 1):
+            return slower
         if self.compact_input and self.compact_output and is_channels_last(self.x):
-            return {"cpu": "is slower than the library on compact channels-last activations of depthwise layers"}
+            slower["cpu"] = "is slower than the library on compact channels-last activations of depthwise layers"
         if self.x.is_contiguous() and self.x.shape[2] * self.x.shape[3] <= 64:
-            return {"cpu": "is slower than the library on depthwise planes of at most 64 pixels"}
-        return {}
+            slower["cpu"] = "is slower than the library on depthwise planes of at most 64 pixels"
+        return slower
 
     def verdict(self) -> Verdict:
         """Both."""
@@ -63,7 +73,7 @@ class Call(NamedTuple):
 
 def linear_verdict() -> Verdict:
     """The same of linear layers."""
-    return {"cpu": "is for convolutions", "compact": None, "reference": None}, {}
+    return dict.fromkeys(DIRECT, "is for convolutions") | {"compact": None, "reference": None}, {}
 
 
 def choose(op: str, backend: str | None, call: Callable[[], Verdict], *tensors: Tensor) -> str:

@@ -71,8 +71,9 @@ def masked_conv2d(
         compact_input: ``x`` holds the live channels only, in order: shape ``(N, len(in_keep), H, W)``. Between coupled
             layers this saves the copy that taking them out costs.
         compact_output: So shall the result.
-        backend: ``None`` (the one that suits the layer), ``"cpu"`` (depthwise layers, groups of at most 16 channels),
-            ``"compact"`` or ``"reference"``; see :func:`explain_backend`.
+        backend: ``None`` (the one that suits the layer and the device); ``"cuda"``, ``"cpu"`` or ``"triton"``
+            (depthwise layers, groups of at most 16 channels), ``"compact"`` or ``"reference"``; see
+            :func:`explain_backend`.
 
     Returns:
         Shape ``(N, C_out, H_out, W_out)``, masked channels exactly 0; with ``compact_output`` the live ones only.
@@ -111,9 +112,9 @@ def masked_conv2d(
         channels = channels_of(outputs, inputs, len(weight), in_channels, groups, compact_input, compact_output)
         if chosen == "compact":
             return compact_conv2d(x, weight, bias, channels, geometry)
-        if _depthwise.is_better(x, weight, groups):
+        if chosen == "cpu" and _depthwise.is_better(x, weight, groups):
             return _depthwise.depthwise_conv2d(x, weight, bias, channels, geometry)
-        return direct_conv2d(x, weight, bias, channels, geometry)
+        return direct_conv2d(x, weight, bias, channels, geometry, chosen)
     _check_lists(op, {"out_keep": (out_keep, weight.shape[0]), "in_keep": (in_keep, in_channels)}, *tensors)
     x = widen(x, 1, in_keep, in_channels) if compact_input else x
     check_input(op, x, weight, bias, in_channels, None)

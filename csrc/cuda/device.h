@@ -1,8 +1,10 @@
 // What every .cu includes: CUDA itself under nvcc; under a host compiler a model of it that tests put on the include
 // path.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -43,6 +45,14 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, Args
 
 namespace cpd {
 namespace {
+
+template <class T>
+using compute_t = std::conditional_t<std::is_same<T, double>::value, double, float>;
+
+// Grids end at 2^31 - 1 blocks; kernels stride over what is left.
+inline unsigned blocks_for(int64_t work) {
+  return unsigned(std::min<int64_t>(work, 0x7fffffff));
+}
 
 // One rounding, whatever the type that is computed in.
 __device__ inline float to_compute(float x) {

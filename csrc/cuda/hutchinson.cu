@@ -13,9 +13,6 @@
 namespace cpd {
 namespace {
 
-template <class T>
-using compute_t = std::conditional_t<std::is_same<T, double>::value, double, float>;
-
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 // Elements that a warp takes at once, in runs of 4 a lane; half as many in fp64, whose columns would not fit registers.
 template <class A>

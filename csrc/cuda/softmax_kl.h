@@ -1,15 +1,11 @@
 // Running sums of a KL between two softmaxes, shared by the CUDA bodies; meanings as in csrc/cpu/channel_kl.cpp.
 #pragma once
 #include <algorithm>
-#include <type_traits>
 
 #include "cuda/device.h"
 
 namespace cpd {
 namespace {
-
-template <class T>
-using compute_t = std::conditional_t<std::is_same<T, double>::value, double, float>;
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
@@ -130,11 +126,6 @@ __device__ inline Factors<A> gradient_factors(const Stats<A>& x, const A* grad, 
   if (is_empty(x)) return {A(0), A(0)};
   const A g = A(numbers.grad_scale) * (grad ? grad[at] : A(1));
   return {g / x.zs, g / x.zt};
-}
-
-// Grids end at 2^31 - 1 blocks; kernels stride over what is left.
-inline unsigned blocks_for(int64_t work) {
-  return unsigned(std::min<int64_t>(work, 0x7fffffff));
 }
 
 }  // namespace

@@ -191,6 +191,37 @@ def segment_sums_kernel(kind: str) -> None:
         compile_kernel(segment_sums_kernel, kind, constants, {"num_warps": 4}, wide="", types=types)
 
 
+def masked_groups_types(kernel: Any, kind: str) -> dict[str, str]:
+    types = {n: f"*{kind}" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
+    return types | {"table_ptr": "*i64"} | ({"partials_ptr": "*fp32"} if "partials_ptr" in types else {})
+
+
+def masked_groups_values_kernel(kind: str) -> None:
+    from cpd_fast.kernels.masked_groups import BLOCK, OPTIONS, PLACES
+    from cpd_fast.kernels.masked_groups import masked_groups_values_kernel as kernel
+
+    for backward, last in itertools.product((False, True), (False, True)):
+        constants = {"BACKWARD": backward, "HAS_BIAS": not backward, "LAST": last, "PLACES": PLACES, "BLOCK": BLOCK}
+        compile_kernel(kernel, kind, constants, OPTIONS, wide="", types=masked_groups_types(kernel, kind))
+
+
+def masked_groups_partial_kernel(kind: str) -> None:
+    from cpd_fast.kernels.masked_groups import OPTIONS, TAPS, WEIGHT_BLOCK
+    from cpd_fast.kernels.masked_groups import masked_groups_partial_kernel as kernel
+
+    for last in (False, True):
+        constants = {"LAST": last, "TAPS": TAPS, "BLOCK": WEIGHT_BLOCK}
+        compile_kernel(kernel, kind, constants, OPTIONS, wide="", types=masked_groups_types(kernel, kind))
+
+
+def masked_groups_finish_kernel(kind: str) -> None:
+    from cpd_fast.kernels.masked_groups import FINISH_BLOCK, OPTIONS, TAPS
+    from cpd_fast.kernels.masked_groups import masked_groups_finish_kernel as kernel
+
+    constants = {"HAS_BIAS": True, "TAPS": TAPS, "BLOCK": FINISH_BLOCK}
+    compile_kernel(kernel, kind, constants, OPTIONS, wide="", types=masked_groups_types(kernel, kind))
+
+
 KERNELS: dict[str, Callable[[str], None]] = {
     f.__name__: f
     for f in (
@@ -204,6 +235,9 @@ KERNELS: dict[str, Callable[[str], None]] = {
         rademacher_kernel,
         reduce_kernel,
         segment_sums_kernel,
+        masked_groups_values_kernel,
+        masked_groups_partial_kernel,
+        masked_groups_finish_kernel,
     )
 }
 

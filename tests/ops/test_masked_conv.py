@@ -358,7 +358,7 @@ def test_messages():
         masked_conv2d(x[0], weight)
     with pytest.raises(BackendError, match="backend 'cpu' is for depthwise layers and groups of at most 16 channels"):
         masked_conv2d(x, weight, backend="cpu")
-    with pytest.raises(BackendError, match="unknown backend 'cudnn'; choose one of cpu, compact, reference"):
+    with pytest.raises(BackendError, match="unknown backend 'cudnn'; choose one of cuda, cpu, triton, compact, ref"):
         masked_conv2d(x, weight, backend="cudnn")
     with pytest.raises(BackendError, match="'compact' does not run inside torch.func transforms"):
         torch.func.vmap(lambda w: masked_conv2d(x, w, backend="compact"))(weight[None])
