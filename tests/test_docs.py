@@ -1,11 +1,14 @@
 """What README and docs show is run: Python blocks of a page one after the other, commands held against what exists."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import typer
 
+import cpd_fast as cpd
 from cpd_fast import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,8 +22,9 @@ def blocks(page, language):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
-    if "import timm" in page.read_text():
-        pytest.importorskip("timm", reason="timm is not installed")
+    for package in ("timm", "mmengine"):
+        if re.search(rf"^(import|from) {package}\b", page.read_text(), re.MULTILINE):
+            pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page.stem}
     for n, block in enumerate(blocks(page, "python"), 1):
@@ -30,13 +34,15 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "sh")], ids=lambda p: p.name)
 def test_commands_exist(page):
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    commands = {(c.name or c.callback.__name__): c for c in cli.app.registered_commands}
+    commands = typer.main.get_command(cli.app).commands
     for line in "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
             assert words[1] in targets, line
         elif words[:1] == ["cpd-fast"]:
             assert words[1] in commands, line
+            flags = {o for p in commands[words[1]].params for o in p.opts}
+            assert {w for w in words if w.startswith("--")} <= flags, line
 
 
 def test_every_block_says_what_it_is():
@@ -49,3 +55,19 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_reference_holds_every_public_name():
+    """``cpd_fast.__all__``, and what its three modules make public; each has a docstring."""
+    shown = set(re.findall(r"^::: cpd_fast\.([\w.]+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE))
+    modules = {"losses", "ops", "recipes"}
+    public = {f"{m}.{n}" for m in modules for n in getattr(cpd, m).__all__ if n != "TASKS"}
+    public |= set(cpd.__all__) - modules - {"__version__"}
+    assert public <= {name if name.split(".")[0] in modules else name.split(".")[-1] for name in shown}
+    for name in shown:
+        thing = cpd
+        for part in name.split("."):
+            thing = (
+                getattr(thing, part) if hasattr(thing, part) else importlib.import_module(f"{thing.__name__}.{part}")
+            )
+        assert thing.__doc__, name

@@ -44,7 +44,7 @@ def main() -> None:
     """Entry point: our own errors become one line on stderr and exit code 1, Ctrl-C becomes 130."""
     talk = Console(stderr=True, highlight=False)
     try:
-        app(standalone_mode=True)
+        app(prog_name="cpd-fast", standalone_mode=True)
     except CpdError as e:
         talk.print(f"[bold red]error:[/] {escape(str(e))}", soft_wrap=True)
         sys.exit(1)

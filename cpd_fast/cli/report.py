@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,8 @@ from cpd_fast.report import (
 )
 from cpd_fast.report.compare import HEAD, cells, rows_of
 
+RESULTS = "results.json"
+
 
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
@@ -29,13 +32,21 @@ def command(
 ) -> None:
     """Print the before/after table of a finished run and write its HTML report anew; compare several runs.
 
+    Of several, those that are not finished are left out, and named on stderr.
+
     Raises:
-        RunFolderError: If a run is not finished or the page cannot be written.
+        RunFolderError: If no run is finished or the page cannot be written.
     """
-    read = [(run.resolve().name, _results(run)) for run in runs]
-    if len(read) == 1:
-        _one(runs[0], read[0][1], json, markdown)
+    if len(runs) == 1:
+        _one(runs[0], _results(runs[0]), json, markdown)
         return
+    finished = [run for run in runs if (run / RESULTS).is_file()]
+    for run in runs:
+        if run not in finished:
+            print(f"left out: {run} holds no {RESULTS}; it is no run, or not finished", file=sys.stderr)
+    if not finished:
+        raise RunFolderError(f"none of the {len(runs)} folders holds a {RESULTS}; no run is finished")
+    read = [(run.resolve().name, _results(run)) for run in finished]
     if json:
         as_json(comparison_json(read))
     elif markdown:
@@ -50,9 +61,9 @@ def command(
 
 
 def _results(run: Path) -> Results:
-    path = run / "results.json"
+    path = run / RESULTS
     if not path.is_file():
-        raise RunFolderError(f"{run}: holds no results.json; the run is not finished, run its command again")
+        raise RunFolderError(f"{run}: holds no {RESULTS}; the run is not finished, run its command again")
     return Results.from_json(path.read_text(), str(path))
 
 

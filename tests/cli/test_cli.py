@@ -111,7 +111,41 @@ def test_doctor_names_every_backend(run):
     assert code == 0 and all(f"backend {b}" in out for b in ("reference runs", "cpu", "cuda", "triton"))
 
 
+def test_runs_are_compared_and_unfinished_ones_named(run, finished, tmp_path):
+    (tmp_path / "begun").mkdir()
+    code, out, err = run("report", finished.run_dir, finished.run_dir, tmp_path / "begun", "--json")
+    assert code == 0 and [r["run"] for r in json.loads(out)] == ["run", "run"]
+    assert f"left out: {tmp_path}/begun holds no results.json" in err
+    page = tmp_path / "page.html"
+    code, out, _ = run("report", finished.run_dir, finished.run_dir, "--out", page)
+    assert code == 0 and f"Report: {page}" in out and page.read_text().startswith("<!doctype html>")
+    code, out, err = run("report", tmp_path, tmp_path / "begun")
+    assert code == 1 and out == "" and "none of the 2 folders holds a results.json" in err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands_and_flags(shell, monkeypatch, capsys):
+    """What the script that --install-completion leaves asks for at a press of the tab key."""
+
+    def press(typed):
+        monkeypatch.setattr(sys, "argv", ["cpd-fast"])
+        monkeypatch.setenv("_CPD_FAST_COMPLETE", f"complete_{shell}")
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", typed)
+        monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+        assert not e.value.code
+        return capsys.readouterr().out
+
+    assert all(name in press("cpd-fast com") for name in ("comb", "compress"))
+    assert "--target-latency-ms" in press("cpd-fast compress --target")
+
+
 def test_settings_are_listed(run):
+    settings = {s["name"]: s for s in json.loads(run("settings", "--json")[1])}
+    assert settings["round_to"]["default"] == 8 and settings["round_to"]["allowed"] == "1 to 1024"
     code, out, _ = run("settings")
     assert code == 0 and "round_to 8 1 to 1024" in out
 
