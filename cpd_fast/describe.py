@@ -53,7 +53,7 @@ def table(graph: ChannelGraph) -> str:
     groups = f"{len(graph.prunable_groups)} of {len(graph.groups)} groups"
     lines.append(f"{prunable} of {graph.n_channels} channels can go, in {groups}")
     if graph.unused:
-        lines.append(f"never used by the forward, so they keep their shapes: {_some(_whole(graph), 4)}. {UNUSED}")
+        lines.append(f"never used by the forward, which keeps its shape: {_some(_whole(graph), 4)}. {UNUSED}")
     return "\n".join(lines)
 
 

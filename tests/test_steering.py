@@ -297,7 +297,7 @@ def test_what_the_forward_never_uses_is_said():
     """It keeps its shape; whether it fits afterwards, nobody knows."""
     graph = comb(WithAuxiliaryHead(), torch.zeros(2, 3))
     assert graph.unused == ("spare", "heads.0.0.weight", "heads.0.0.bias", "heads.0.1.weight", "heads.0.1.bias")
-    assert "never used by the forward, so they keep their shapes: spare, heads.0. Where" in str(graph)
+    assert "never used by the forward, which keeps its shape: spare, heads.0. Where" in str(graph)
     for name in ("heads.0", "heads.0.1.bias", "spare"):
         assert f"{name}: the forward on the example inputs never uses it" in graph.explain(name)
     assert "never uses" not in graph.explain("heads.1.bias") and graph.as_dict()["unused"] == list(graph.unused)

@@ -57,7 +57,7 @@ class Values:
         return any(id(t) in self._known or (t._base is not None and id(t._base) in self._known) for t in tensors)
 
     def numbers(self, call: Call) -> tuple[float, ...]:
-        """The elements of known arguments that are as small as numbers; equal ones count once."""
+        """The elements of known arguments that are as small as numbers and no buffers; equal ones count once."""
         known = [t for t in call.args if id(t) in self._known] if self._known else []
         if not known:
             return ()
@@ -66,11 +66,11 @@ class Values:
 
     def _numbers(self, t: Tensor) -> list[float]:
         value = self._known[id(t)]
-        if value.is_complex() or not value.numel():
+        if value.is_complex() or not value.numel() or id(t) in self._held:
             return []
         if _equal(value):
             return [value.flatten()[0].item()]
-        if value.numel() > (1 if id(t) in self._held else MOST_NUMBERS):
+        if value.numel() > MOST_NUMBERS:
             return []
         elements = value.flatten().tolist()
         return elements[:1] if len(set(elements)) == 1 else elements
