@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from cpd_fast.errors import ScoreError
 from cpd_fast.score import _conv, _norm
+from cpd_fast.score.criterion import Context
+
+_T = TypeVar("_T")
 
 
 class DoubleDifferentiable(TorchFunctionMode):
@@ -58,6 +62,20 @@ def double_backward_errors(criterion: str) -> Iterator[None]:
         raise NoDoubleBackwardError(
             f"{criterion}: {op} has no double backward; use {criterion}(engine='finite_difference')"
         ) from e
+
+
+def exact_if_possible(context: Context, criterion: str, exact: Iterator[_T]) -> Iterator[_T] | None:
+    """The products by double backward, or None where an operator has none; ``context.engine`` says which and why."""
+    assert context.probes.seed is not None  # drawn now: it must not be drawn again
+    state = context.probes.state()
+    try:
+        head = next(exact)
+    except NoDoubleBackwardError as e:
+        context.probes.set_state(state)
+        context.engine = ("finite_difference", str(e).removeprefix(f"{criterion}: ").split(";")[0])
+        return None
+    context.engine = ("retained", "exact, and every operator has a double backward")
+    return chain([head], exact)
 
 
 def refuse_dead_ends(grads: Sequence[Tensor]) -> None:

@@ -28,6 +28,7 @@ from cpd_fast.memory import (
 from cpd_fast.score._double import NoDoubleBackwardError
 from cpd_fast.score._finite import Step
 from cpd_fast.score.criterion import Context, Criterion, quiet
+from cpd_fast.score.gates import GateHessian
 from cpd_fast.score.hessian import HessianTrace
 from cpd_fast.types import ChannelGraph, PrunePlan
 
@@ -198,6 +199,8 @@ def _candidates(criterion: Criterion) -> list[Criterion]:
     if isinstance(criterion, HessianTrace) and criterion.engine == "auto":
         engines = ["retained", "streaming", "finite_difference"]
         return [replace(criterion, engine=e) for e in engines if e != "streaming" or criterion.num_probes > 1]
+    if isinstance(criterion, GateHessian) and criterion.engine == "auto":
+        return [replace(criterion, engine=e) for e in ("retained", "finite_difference")]
     return [criterion]
 
 

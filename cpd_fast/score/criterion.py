@@ -76,7 +76,7 @@ class Context:
             raise ScoreError("no channel owns a parameter of this model: there is nothing to score")
         self.layout = Layout(graph, self.params)
         self.graph_is_checked = False  # HessianTrace: the autograd graph has no dead ends
-        self.engine: tuple[str, str] | None = None  # HessianTrace: which engine runs, and why
+        self.engine: tuple[str, str] | None = None  # second order: which engine runs, and why
         self.step: Step | None = None  # HessianTrace: of finite differences
 
     @property
@@ -236,8 +236,8 @@ class Criterion(ABC):
         return False
 
     def information(self, context: Context, moments: Moments) -> dict[str, object]:
-        """What ``scores.info`` says beside the counts."""
-        return {}
+        """What ``scores.info`` says beside the counts: the engine and why, where there is a choice."""
+        return {} if context.engine is None else dict(zip(("engine", "engine_reason"), context.engine, strict=True))
 
     @property
     def is_magnitude(self) -> bool:

@@ -11,12 +11,17 @@ from torch import Tensor
 
 from cpd_fast.errors import ScoreError
 from cpd_fast.memory import parts_of
-from cpd_fast.score._double import double_backward_errors, double_differentiable, refuse_dead_ends
+from cpd_fast.score._double import (
+    double_backward_errors,
+    double_differentiable,
+    exact_if_possible,
+    refuse_dead_ends,
+)
 from cpd_fast.score._gates import Gates, Marks, Rows
 from cpd_fast.score._probes import Probes
 from cpd_fast.score.criterion import Closure, Context, Criterion, checked
 
-_ENGINES = ("retained", "finite_difference")
+_ENGINES = ("auto", "retained", "finite_difference")
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,8 @@ class GateHessian(Criterion):
         num_probes: Probes a batch. More batches serve as well as more probes.
         engine: ``"retained"``: exact products by double backward. ``"finite_difference"``: one more gradient a probe
             with the gates moved by ``step``; for operators without double backward, in the memory of a training step.
+            ``"auto"``: the first, or the second where an operator has no double backward or ``memory_limit`` is too
+            low for the first. ``scores.info`` says which, and why.
         signed: False scores by the magnitude of the mean; True leaves the sign.
         step: How far gates are moved by ``engine="finite_difference"``.
         generator: Source of the probes; ``None`` is seed 0 for every call.
@@ -125,11 +132,11 @@ class GateHessian(Criterion):
 
     Example:
         >>> GateHessian(num_probes=4).engine
-        'retained'
+        'auto'
     """
 
     num_probes: int = 1
-    engine: str = "retained"
+    engine: str = "auto"
     signed: bool = False
     step: float = 1e-2
     generator: torch.Generator | None = None
@@ -147,7 +154,7 @@ class GateHessian(Criterion):
     def observe(self, context: Context, closure: Closure | None) -> Iterator[Tensor]:
         """Yield one observation a probe."""
         assert closure is not None
-        layout, products = context.layout, _retained if self.engine == "retained" else _moved_gates
+        layout = context.layout
         parts = parts_of(closure)
         total: list[Tensor] = []
         for part in parts:
@@ -156,7 +163,7 @@ class GateHessian(Criterion):
             with rows:  # with a graph, through which masked weights are known; it is dropped at once
                 part.closure()
             rows.refuse_unseen("GateHessian")
-            for k, hz in enumerate(products(self, context, part.closure, rows.samples)):
+            for k, hz in enumerate(self._products(context, part.closure, rows.samples)):
                 out = torch.zeros(layout.n_channels, dtype=layout.dtype, device=layout.device)
                 for g in context.graph.groups:
                     if g.name in hz:
@@ -168,6 +175,19 @@ class GateHessian(Criterion):
                 else:
                     total.append(out)
         yield from total
+
+    def _products(self, context: Context, closure: Closure, samples: int) -> Iterator[dict[str, Tensor]]:
+        """``sum_n z . (H z)`` of every channel by group name, for each probe, by the engine that the model admits."""
+        engine, why = context.engine or (self.engine, "asked for")
+        if engine == "auto":
+            exact = exact_if_possible(context, "GateHessian", _retained(self, context, closure, samples))
+            if exact is not None:
+                yield from exact
+                return
+            assert context.engine is not None
+            engine, why = context.engine
+        context.engine = (engine, why)
+        yield from (_retained if engine == "retained" else _moved_gates)(self, context, closure, samples)
 
     @property
     def is_magnitude(self) -> bool:

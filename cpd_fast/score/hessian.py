@@ -14,9 +14,9 @@ from cpd_fast.errors import ScoreError
 from cpd_fast.memory import Part, parts_of
 from cpd_fast.ops import squared_norms
 from cpd_fast.score._double import (
-    NoDoubleBackwardError,
     double_backward_errors,
     double_differentiable,
+    exact_if_possible,
     refuse_dead_ends,
 )
 from cpd_fast.score._finite import Differences, Step
@@ -132,16 +132,12 @@ class HessianTrace(Criterion):
         """``v . (H v)`` summed to pieces for each probe, by the engine that this model and its memory admit."""
         engine, why = context.engine or (self.engine, "asked for")
         if engine == "auto":
-            try:
-                exact = _retained(context, parts, probes, self.loss_scale)
-                head = next(exact)
-            except NoDoubleBackwardError as e:
-                engine, why = "finite_difference", f"{str(e).removeprefix('HessianTrace: ').split(';')[0]}"
-            else:
-                context.engine = ("retained", "exact, and every operator has a double backward")
-                yield head
+            exact = exact_if_possible(context, "HessianTrace", _retained(context, parts, probes, self.loss_scale))
+            if exact is not None:
                 yield from exact
                 return
+            assert context.engine is not None
+            engine, why = context.engine
         context.engine = (engine, why)
         if engine == "finite_difference":
             differences = Differences(context, parts, self.loss_scale)
@@ -175,9 +171,7 @@ class HessianTrace(Criterion):
 
     def information(self, context: Context, moments: Moments) -> dict[str, object]:
         """Engine and why, the step and its error, and the relative error reached."""
-        info: dict[str, object] = {}
-        if context.engine is not None:
-            info["engine"], info["engine_reason"] = context.engine
+        info = super().information(context, moments)
         if context.step is not None:
             info["step"], info["step_error"] = context.step.length, context.step.error
             if context.step.error is not None and context.step.error > _UNCERTAIN:

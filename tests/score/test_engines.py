@@ -313,7 +313,7 @@ def test_errors():
             graph,
             [data(5, classes=3)],
             lambda m, b: torch.cdist(m(b[0]), b[0][:, :3], p=3.0).mean(),
-            GateHessian(),
+            GateHessian(engine="retained"),
         )
 
 

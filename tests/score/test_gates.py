@@ -183,12 +183,32 @@ class OnceDifferentiable(torch.autograd.Function):
         return g * 2
 
 
+def test_auto_says_what_it_took_and_why():
+    model, graph = two_conv()
+    batch = data(3, 8, 8, classes=4)[0].float(), data(3, 8, 8, classes=4)[1]
+    scores = score(model, graph, [batch], cross_entropy, GateHessian(2))
+    assert scores.info["engine"] == "retained"
+    assert "double backward" in scores.info["engine_reason"]
+    exact = score(model, graph, [batch], cross_entropy, GateHessian(2, engine="retained"))
+    assert all(torch.equal(scores[n], exact[n]) for n in scores)
+
+    def odd(m, b):
+        return cross_entropy(m, b) + torch.cdist(m(b[0]), b[0][:, 0, 0, :4], p=3.0).mean()
+
+    scores = score(model, graph, [batch, batch], odd, GateHessian(2))
+    assert scores.info["engine"] == "finite_difference"
+    assert "cdist" in scores.info["engine_reason"]
+    forced = score(model, graph, [batch, batch], odd, GateHessian(2, engine="finite_difference"))
+    assert forced.info["engine_reason"] == "asked for"
+    assert all(torch.equal(scores[n], forced[n]) for n in scores)  # the same probes
+
+
 def test_errors():
     model, graph = two_conv()
     batch = data(3, 8, 8, classes=4)[0].float(), data(3, 8, 8, classes=4)[1]
     for bad, match in (
         ({"num_probes": 0}, "num_probes must be at least 1"),
-        ({"engine": "x"}, "expected one of retained, "),
+        ({"engine": "x"}, "expected one of auto, retained, "),
         ({"step": 0.0}, "step must be positive"),
     ):
         with pytest.raises(ScoreError, match=match):
@@ -199,7 +219,7 @@ def test_errors():
             graph,
             [batch],
             lambda m, b: F.cross_entropy(OnceDifferentiable.apply(m(b[0])), b[1]),
-            GateHessian(),
+            GateHessian(engine="retained"),
         )
 
     class Odd(nn.Module):

@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import cpd_fast as cpd
 from cpd_fast.errors import ScoreError
 from cpd_fast.ops import ReversibleStep
-from cpd_fast.score import HessianTrace, Taylor, score
+from cpd_fast.score import GateHessian, HessianTrace, Taylor, merge_scores, score
 from cpd_fast.score._probes import Probes
+from cpd_fast.types import Scores
 from tests.helpers import build_graph, grouped, mlp, two_conv
 
 
@@ -280,6 +282,83 @@ class OnceDifferentiable(torch.autograd.Function):
         return g * 2
 
 
+class Encoder(nn.Module):
+    """Multi-head attention in eval mode, which has a fused path of its own beside F.scaled_dot_product_attention."""
+
+    def __init__(self, need_weights):
+        super().__init__()
+        self.need_weights = need_weights
+        self.embed, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation="gelu", batch_first=True)
+
+    def forward(self, x):
+        h = self.embed(x)
+        h = h + self.attention(h, h, h, need_weights=self.need_weights)[0]
+        return self.out(self.layer(h).mean(1))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multi_head_attention_has_a_double_backward_here(need_weights, frozen):
+    """Its fused paths have none: gradients keep the module's off, double_differentiable the functional one's."""
+    torch.manual_seed(0)
+    model = Encoder(need_weights).double()
+    x = torch.randn(4, 5, 6, dtype=torch.float64), torch.randint(3, (4,))
+    graph = cpd.comb(model.float(), x[0].float())
+    model = model.double().requires_grad_(not frozen)
+    exact = score(model, graph, [x], cross_entropy, HessianTrace(3, engine="retained"))
+    near = score(model, graph, [x], cross_entropy, HessianTrace(3, engine="finite_difference", step=1e-6))
+    largest = max(float(v.max()) for v in exact.values())
+    for n in exact:
+        torch.testing.assert_close(near[n], exact[n], rtol=1e-3, atol=1e-5 * largest)
+    with pytest.raises(
+        ScoreError, match="no convolution or linear layer of 4 prunable groups was called: attention.in"
+    ):
+        score(model, graph, [x], cross_entropy, GateHessian(3))  # heads of packed projections
+
+
+def test_the_seed_is_the_generators_whatever_its_device():
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    model, graph = mlp()
+    batch = data(5, classes=3, dtype=torch.float32)
+    for device in devices:
+        of = [
+            score(
+                model, graph, [batch], cross_entropy, HessianTrace(1, generator=torch.Generator(device).manual_seed(s))
+            )
+            for s in (1, 1, 2)
+        ]
+        assert all(torch.equal(of[0][n], of[1][n]) for n in of[0])
+        assert not all(torch.equal(of[0][n], of[2][n]) for n in of[0])
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_merged_runs_are_the_mean_of_their_probes(signed):
+    """Ranks have probes of their own: means are merged with their signs, magnitudes taken of the result."""
+    model, graph = mlp()
+    batch = data(5, classes=3, dtype=torch.float32)
+    parts, plain = [], []
+    for seed in (0, 1):
+        made = {"generator": torch.Generator().manual_seed(seed)}
+        parts.append(score(model, graph, [batch], cross_entropy, HessianTrace(3, signed=signed, **made)))
+        made = {"generator": torch.Generator().manual_seed(seed)}
+        plain.append(score(model, graph, [batch], cross_entropy, HessianTrace(3, signed=True, **made)))
+    parts = [Scores(dict(p), criterion="same", fingerprint=p.fingerprint, stderr=p.stderr, info=p.info) for p in parts]
+    merged = merge_scores(parts)
+    assert any((plain[0][n] * plain[1][n] < 0).any() for n in plain[0])  # signs matter
+    for n in merged:
+        mean = (plain[0][n] + plain[1][n]) / 2
+        torch.testing.assert_close(merged[n], mean if signed else mean.abs(), rtol=1e-5, atol=1e-8)
+    assert merged.info["observations"] == 6
+
+
+def test_a_model_without_parameters_of_the_graph():
+    graph = build_graph(nn.Linear(2, 2), {"a": {"n": 2}}, {})
+    with pytest.raises(ScoreError, match="no channel owns a parameter of this model: there is nothing to score"):
+        score(nn.Linear(2, 2), graph, [torch.ones(1, 2)], lambda m, x: m(x).sum())
+
+
 def test_errors():
     model, graph = two_conv()
     batch = data(3, 8, 8, classes=4, dtype=torch.float32)
@@ -340,14 +419,16 @@ def test_channels_last_weights():
         torch.testing.assert_close(v, plain[n], rtol=1e-4, atol=1e-6)
 
 
-def test_not_finite_names_the_parameter():
+@pytest.mark.parametrize("engine", ["retained", "streaming", "finite_difference"])
+def test_not_finite_names_the_parameter(engine):
     model, graph = mlp()
 
     def loss(m, x):  # finite, but its curvature is not
         return m(x).pow(2).mean() + (m[2].weight[0] * 0).abs().pow(0.5).sum()
 
     with pytest.raises(ScoreError, match="HessianTrace: values of parameter 2.weight are not finite"):
-        score(model, graph, [torch.randn(4, 5)], loss)
+        score(model, graph, [torch.randn(4, 5)], loss, HessianTrace(2, engine=engine, step=1e-3))
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
 def test_wrappers_are_looked_through():
