@@ -118,6 +118,7 @@ SIZED = {
         "aten.empty_strided",
         "aten.new_empty_strided",
         "aten.split",
+        "aten.unsafe_split",
     ),
 }
 

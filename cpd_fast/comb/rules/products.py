@@ -19,8 +19,9 @@ NOT_ZERO = "sums products over channels, neither factor of which is 0 once they 
 @register_rule("aten.convolution", "aten.conv1d", "aten.conv2d", "aten.conv3d", "aten._convolution")
 def convolution(t: Tracer, call: Call) -> State:
     """x (N, C_in, ...) * w (C_out, C_in / groups, ...), or transposed w (C_in, C_out / groups, ...)."""
-    x, w, bias = call.args[:3]
-    transposed, groups = call.args[6], call.args[8]
+    x, w, bias = call.args[0], call.args[1], call.arg(2, "bias")
+    composite = call.op not in ("aten.convolution", "aten._convolution")  # (..., dilation, groups), in inference mode
+    transposed, groups = (False, call.arg(6, "groups", 1)) if composite else (call.args[6], call.args[8])
     same = set(w.shape[2:]) == {1} and tuple(call.out.shape[2:]) == tuple(x.shape[2:])
     mixed = any(1 in p.dims and len(p.dims) > 1 for p in t.state(x).planes)
     pointwise = same and groups == 1 and not transposed and not mixed

@@ -94,9 +94,9 @@ def _drop(t: Tracer, x: Tensor, out: Tensor) -> State:
 @register_rule("aten.native_group_norm", "aten.group_norm")
 def group_norm(t: Tracer, call: Call) -> Any:
     """Statistics over C / groups channels: groups keep equally many."""
-    x = call.args[0]
-    weight, bias = call.arg(1, "weight"), call.arg(2, "bias")
-    groups = call.arg(6, "group")
+    x, composite = call.args[0], call.op == "aten.group_norm"  # (x, groups, weight, bias), in inference mode
+    weight, bias = call.arg(1 + composite, "weight"), call.arg(2 + composite, "bias")
+    groups = call.args[1] if composite else call.arg(6, "group")
     planes = [p for p in t.state(x).planes if set(p.dims) - {0}]
     if groups > 1:
         for p in planes:
@@ -113,10 +113,11 @@ def group_norm(t: Tracer, call: Call) -> Any:
             state = meet(t.store, [state, moved], [tuple(x.shape), shape], tuple(x.shape), t.heads)
     zero = _cleared(t, weight) and _cleared(t, bias)
     cleared = tuple(replace(p, zero=zero and p.dims == (1,)) for p in state.planes)
-    return [replace(state, planes=cleared, scaled_by=()), State(), State()]
+    result = replace(state, planes=cleared, scaled_by=())
+    return result if composite else [result, State(), State()]
 
 
-CHECKS = ("aten.all", "aten.any", "aten._is_all_true")
+CHECKS = ("aten.all", "aten.any")
 
 
 @register_rule(
@@ -131,7 +132,8 @@ def reduce(t: Tracer, call: Call) -> Any:
     position = 2 if call.op in ("aten.linalg_vector_norm", "aten.norm", "aten.kthvalue") else 1
     if call.op in ("aten.max", "aten.min") and len(call.args) > 1 and isinstance(call.args[1], Tensor):
         return pointwise(t, call)
-    if call.op in CHECKS and t.values.of(outs[0]) is not None:  # known, however many channels there are
+    if call.op == "aten._is_all_true" or (call.op in CHECKS and t.values.of(outs[0]) is not None):
+        # known (or taken for granted), however many channels there are
         return State()
     dims = norm_dims(call.arg(position, "dim"), x.dim())
     state = t.tie_rows(x, set(dims))
@@ -219,8 +221,11 @@ def triangle(t: Tracer, call: Call) -> State:
 
 
 @register_rule(
-    *(f"aten.{n}" for n in "masked_scatter diag_embed renorm linalg_cross _embedding_bag".split()),
-    *(f"aten.{n}" for n in "_trilinear nonzero masked_select unique_dim".split()),
+    *(
+        f"aten.{n}"
+        for n in "masked_scatter diag_embed renorm linalg_cross _embedding_bag _embedding_bag_forward_only".split()
+    ),
+    *(f"aten.{n}" for n in "_trilinear nonzero".split()),
 )
 def not_followed(t: Tracer, call: Call) -> Any:
     """Known, but with no map of channels: what it reads stays whole."""
