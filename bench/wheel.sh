@@ -18,7 +18,6 @@ for kind in $kinds; do
   cp bench/wheel_check.py "$clean"
   cd "$clean" # so that the clone is not what is imported
   venv/bin/python wheel_check.py "$kind"
-  venv/bin/cpd-fast doctor >doctor.txt
   cd "$root"
   rm -rf "$clean"
   ls -l "dist/$kind"/*.whl

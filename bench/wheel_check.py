@@ -1,7 +1,10 @@
 """What an installed wheel must be able to do, in an environment that has nothing else: wheel_check.py cpu|cuda."""
 
+import json
+import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -22,6 +25,10 @@ assert torch.equal(cpd.load("small.safetensors", SmallResNet(10).eval())(x), sma
 student, teacher = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(2, 3, 8, 8)
 cpd.losses.ChannelWiseKL()(student, teacher).backward()
 assert student.grad.isfinite().all()
+doctor = json.loads(subprocess.check_output([Path(sys.executable).with_name("cpd-fast"), "doctor", "--json"]))
+print("compiled for:", doctor["compiled for"])
+for name in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90"):
+    assert (name in doctor["compiled for"]) == _native.has_cuda, name
 print(
     f"cpd_fast {cpd.__version__} ({sys.argv[1]}): works on Python {sys.version.split()[0]}, torch {torch.__version__}"
 )

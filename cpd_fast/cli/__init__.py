@@ -6,6 +6,7 @@ One file a subcommand; each holds a ``command`` that is thin over the Python API
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,16 +14,12 @@ from rich.markup import escape
 
 from cpd_fast.cli import bench, comb, compress, doctor, export, report, settings
 from cpd_fast.errors import CpdError
+from cpd_fast.version import __version__
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 
 app = typer.Typer(
     name="cpd-fast",
-    help="""Make trained vision networks physically smaller and faster.
-
-    Results go to stdout, talk to stderr; --json gives results to machines. Exit codes: 0 done; 1 a fault of yours or of
-    the data, said in one sentence; 2 a wrong flag; 130 stopped with Ctrl-C.
-    """,
     epilog="One command: cpd-fast compress --model timm/resnet18 --data FOLDER. Completion: --install-completion.",
     no_args_is_help=True,
     add_completion=True,
@@ -30,6 +27,27 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Make trained vision networks physically smaller and faster.
+
+    Results go to stdout, talk to stderr; --json gives results to machines. Exit codes: 0 done; 1 a fault of yours or of
+    the data, said in one sentence; 2 a wrong flag; 130 stopped with Ctrl-C.
+    """
+
+
 app.command("compress")(compress.command)
 app.command("resume")(compress.resume)
 app.command("report")(report.command)

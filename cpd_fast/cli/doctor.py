@@ -53,8 +53,21 @@ def _compiled_for() -> str:
         native = importlib.import_module("cpd_fast._native")
     except ImportError as e:
         return f"not built ({e}); needs a C++ compiler at install time" if _native_is_there() else "not built"
-    cuda = getattr(native, "cuda_archs", "") or ("yes" if native.has_cuda else "not compiled (no nvcc at install time)")
+    archs = architectures(getattr(native, "cuda_archs", ""))
+    cuda = archs or ("yes" if native.has_cuda else "not compiled (no nvcc at install time)")
     return f"CPU {native.current_isa()} (of {', '.join(native.supported_isas())}); CUDA {cuda}"
+
+
+def architectures(text: str) -> str:
+    """CMake's list of architectures as people know them.
+
+    Example:
+        >>> architectures("75-real, 90")
+        'sm_75, sm_90 (and later ones, through PTX)'
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    listed = ", ".join(f"sm_{name.partition('-')[0]}" for name in names)
+    return listed + (" (and later ones, through PTX)" if any(not name.endswith("-real") for name in names) else "")
 
 
 def _native_is_there() -> bool:

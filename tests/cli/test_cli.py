@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import cpd_fast
 from cpd_fast import cli, recipes
 from cpd_fast.recipes import outcome
 from cpd_fast.report import Results
@@ -141,6 +142,10 @@ def test_shells_complete_commands_and_flags(shell, monkeypatch, capsys):
 
     assert all(name in press("cpd-fast com") for name in ("comb", "compress"))
     assert "--target-latency-ms" in press("cpd-fast compress --target")
+
+
+def test_version_comes_from_one_place(run):
+    assert run("--version") == (0, cpd_fast.__version__, "")
 
 
 def test_settings_are_listed(run):
