@@ -61,6 +61,7 @@ CRITERIA = [
     HessianTrace(2, engine="streaming"),
     HessianTrace(2, engine="finite_difference", step=1e-3),
     GateHessian(2),
+    GateHessian(2, engine="finite_difference"),
     GroupFisher(),
     Taylor(),
 ]
@@ -146,6 +147,22 @@ def test_auto_takes_the_engine_that_fits(net):
         MemoryLimitError, match=r"memory_limit: retained needs .*; finite_difference needs .* MiB for one"
     ):
         score(model, graph, [batch], cross_entropy, HessianTrace(2), memory_limit=need["finite_difference"] // 2)
+
+
+def test_auto_of_gates_takes_the_engine_that_fits(net):
+    model, graph = net
+    batch = data(1)
+    need = {
+        e: int(predicted_peak(model, graph, batch, cross_entropy, GateHessian(2, engine=e)) / 0.95) + 2
+        for e in ("retained", "finite_difference")
+    }
+    assert need["finite_difference"] < need["retained"]
+    for engine, limit in need.items():
+        scores = score(model, graph, [batch], cross_entropy, GateHessian(2), memory_limit=limit)
+        assert scores.info["engine"] == engine
+        forced = score(model, graph, [batch], cross_entropy, GateHessian(2, engine=engine))
+        assert all(torch.equal(scores[n], forced[n]) for n in scores)
+    assert "retained needs" in scores.info["engine_reason"]
 
 
 def test_a_loss_that_is_no_mean_is_told(net):
