@@ -46,9 +46,17 @@ class Block(nn.Module):
             self.out_channels = width
         elif kind == "group_norm":
             self.norm = nn.GroupNorm(2 if c % 2 == 0 else 1, c)
-        elif kind == "attention":
+        elif kind in ("attention", "rooted_attention"):
             self.heads, self.head_dim = 2, width
             self.qkv, self.proj = nn.Linear(c, 6 * width), nn.Linear(2 * width, c)
+        elif kind == "evolved":
+            self.groups = 2 if c % 2 == 0 else 1
+        elif kind == "paths":
+            self.other, self.select = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, 2 * c, 1)
+        elif kind == "extremes":
+            self.mix = nn.Conv2d(2, 1, 3, padding=1)
+        elif kind in ("softmax", "routed", "sized"):
+            self.fc = nn.Linear(c, c)
 
     def forward(self, x):
         if self.kind == "conv":
@@ -73,6 +81,34 @@ class Block(nn.Module):
             return self.fc(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         if self.kind == "group_norm":
             return self.norm(x)
+        if self.kind == "evolved":  # statistics of groups of channels, expanded over the group
+            n, c, h, w = x.shape
+            y = x.reshape(n, self.groups, c // self.groups, h, w)
+            std = y.var((2, 3, 4), keepdim=True).add(1e-5).sqrt().expand(y.shape).reshape(x.shape)
+            return x * x.sigmoid() / std
+        if self.kind == "paths":  # selective kernels
+            y = torch.stack([x, self.other(x)], 1)
+            weight = self.select(y.sum(1).mean((2, 3), keepdim=True))
+            return (y * weight.view(len(x), 2, -1, 1, 1).softmax(1)).sum(1)
+        if self.kind == "extremes":  # CBAM
+            seen = torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]], 1)
+            return x * self.mix(seen).sigmoid()
+        if self.kind in ("softmax", "routed", "sized"):
+            t = x.flatten(2).transpose(1, 2)
+            if self.kind == "softmax":
+                t = t + self.fc(t).softmax(-1) * F.normalize(t, dim=-1)
+            elif self.kind == "routed":
+                token = torch.where(self.fc(t).mean((0, 2)) > 0)[0]
+                t = t.index_add(1, token, self.fc(t[:, token]))
+            else:
+                t = t + self.fc(t) * torch.tensor(1 / t.shape[-1], device=t.device)
+            return t.transpose(1, 2).reshape(x.shape)
+        if self.kind == "rooted_attention":
+            n, c, h, w = x.shape
+            t = x.flatten(2).transpose(1, 2)
+            q, k, v = self.qkv(t).view(n, h * w, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+            y = (q @ k.transpose(-2, -1) / self.head_dim**0.5).softmax(-1) @ v
+            return x + self.proj(y.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
         if self.kind == "attention":
             n, c, h, w = x.shape
             t = x.flatten(2).transpose(1, 2)
@@ -83,6 +119,7 @@ class Block(nn.Module):
 
 
 KINDS = "conv residual concat gate shuffle split grouped depthwise layer_norm group_norm attention".split()
+KINDS += "rooted_attention evolved paths extremes softmax routed sized".split()
 
 
 def build(specs):
