@@ -38,6 +38,21 @@ def norm_lengths(graph: ChannelGraph, alive: np.ndarray) -> dict[str, int]:
     }
 
 
+_SIZED = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.PReLU,
+    nn.Embedding,
+)
+
+
+def has_sizes(m: nn.Module) -> bool:
+    """Whether :func:`known_sizes` knows attributes of such a layer."""
+    return isinstance(m, _SIZED) or hasattr(m, "normalized_shape")
+
+
 def known_sizes(
     name: str,
     m: nn.Module,

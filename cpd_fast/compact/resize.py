@@ -15,7 +15,7 @@ from torch import nn
 
 from cpd_fast.adapters import adapt, adaptation
 from cpd_fast.compact.compact import Scale, cut_on_meta, fit_modules, kept_scales
-from cpd_fast.compact.repair import known_sizes, norm_lengths
+from cpd_fast.compact.repair import has_sizes, known_sizes, norm_lengths
 from cpd_fast.compact.shrink import Kept, what_is_left
 from cpd_fast.compact.sizes import KNOWN
 from cpd_fast.compact.views import resized_class, scale_calls
@@ -57,6 +57,7 @@ class Resizer:
 
     def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
         self._model, self._graph = unwrap(model), graph
+        self._sized = [(n, m) for n, m in self._model.named_modules() if has_sizes(m) or adaptation(m) is not None]
         self._rules: dict[tuple[str, str], _Rule] | None = None
         self._proven: dict[PrunePlan, Structure] = {}
         self.proof = "every plan by a replay of its own"
@@ -117,7 +118,7 @@ class Resizer:
         kept = {n: k for n, t in graph.tensors.items() if (k := what_is_left(t, alive, lines)) is not None}
         attributes: Attributes = {}
         lengths = norm_lengths(graph, alive)
-        for name, m in self._model.named_modules():
+        for name, m in self._sized:
             own = known_sizes(name, m, self._shape(name, m, kept), graph, alive, lengths)
             _note(attributes, name, m, own)
             adapted = adaptation(m)

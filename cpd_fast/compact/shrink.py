@@ -74,18 +74,18 @@ def what_is_left(
     kept: dict[int, np.ndarray] = {}
     maps = []
     for m in tensor.maps:
-        if max(m.shape, default=1) != m.size:
+        if m.shape and m.size not in m.shape:
             if not alive[m].all():
                 maps.append(m)
             continue
         if id(m) not in lines:
-            keep = alive[m.reshape(-1)]
-            lines[id(m)] = None if keep.all() else np.flatnonzero(keep)
-        index = lines[id(m)]
-        if index is not None:
+            index = alive[m.reshape(-1)].nonzero()[0]
+            lines[id(m)] = None if len(index) == m.size else index
+        found = lines[id(m)]
+        if found is not None:
             maps.append(m)
-            dim = int(np.argmax(m.shape))
-            kept[dim] = np.intersect1d(kept[dim], index) if dim in kept else index
+            dim = m.shape.index(m.size)
+            kept[dim] = np.intersect1d(kept[dim], found) if dim in kept else found
     if not maps:
         return None
     if len(maps) == len(kept) or all(max(m.shape, default=1) == m.size for m in maps):

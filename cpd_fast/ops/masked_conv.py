@@ -72,7 +72,7 @@ def masked_conv2d(
             layers this saves the copy that taking them out costs.
         compact_output: So shall the result.
         backend: ``None`` (the one that suits the layer and the device); ``"cuda"``, ``"cpu"`` or ``"triton"``
-            (depthwise layers, groups of at most 16 channels), ``"compact"`` or ``"reference"``; see
+            (depthwise layers, groups of at most 16 channels; 32 on the CPU), ``"compact"`` or ``"reference"``; see
             :func:`explain_backend`.
 
     Returns:

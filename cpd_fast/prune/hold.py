@@ -22,7 +22,8 @@ class Hold:
     """
 
     def __init__(self) -> None:
-        self._parts: dict[int, tuple[Tensor, list[Pick]]] = {}  # by id of the parameter, which is kept alive
+        self._masked: dict[int, tuple[Tensor, Kept]] = {}  # by id of the parameter, which is kept alive
+        self._made: dict[int, list[Pick]] = {}  # what is masked, made when an optimizer first steps
         self._values: dict[int, list[Tensor]] = {}
         self._stale: dict[int, list[Pick]] = {}  # masked by an earlier plan: state that is to be dropped
         self._stepping: set[int] = set()  # parameters of an optimizer that is in its step
@@ -35,20 +36,25 @@ class Hold:
 
     def update(self, masked: Mapping[str, tuple[Tensor, Kept]]) -> None:
         """Masks have moved: parameter and what is kept of it, by name."""
-        for key, (_, parts) in self._parts.items():
-            self._stale.setdefault(key, []).extend(parts if key in self._values else ())
-        self._values = {}
-        self._parts = {id(p): (p, complement(tuple(p.shape), kept)) for p, kept in masked.values()}
+        for key in self._values:
+            self._stale.setdefault(key, []).extend(self._made[key])
+        self._values, self._made = {}, {}
+        self._masked = {id(p): (p, kept) for p, kept in masked.values()}
         if self._stepping:  # masks moved in the closure that the step calls: it has yet to move weights
-            for key in self._stepping & self._parts.keys():
-                self._keep(self._parts[key][0])
+            for key in self._stepping & self._masked.keys():
+                self._keep(self._masked[key][0])
 
     def remove(self) -> None:
         """Let optimizers do what they like."""
         self._remove()
 
+    def _parts(self, p: Tensor) -> list[Pick]:
+        if id(p) not in self._made:
+            self._made[id(p)] = complement(tuple(p.shape), self._masked[id(p)][1])
+        return self._made[id(p)]
+
     def _mine(self, optimizer: Optimizer) -> list[Tensor]:
-        known = self._parts.keys() | self._stale.keys()
+        known = self._masked.keys() | self._stale.keys()
         return [p for group in optimizer.param_groups for p in group["params"] if id(p) in known]
 
     @torch.no_grad()
@@ -58,20 +64,20 @@ class Hold:
                 for value in optimizer.state.get(p, {}).values():
                     if isinstance(value, Tensor) and value.shape == p.shape:
                         part.write(value, 0.0)
-            if id(p) in self._parts:  # anew in every step: weights may have been loaded in between
+            if id(p) in self._masked:  # anew in every step: weights may have been loaded in between
                 self._keep(p)
         self._stepping.update(id(p) for group in optimizer.param_groups for p in group["params"])
 
     @torch.no_grad()
     def _keep(self, p: Tensor) -> None:
-        self._values[id(p)] = [part.take(p).detach() for part in self._parts[id(p)][1]]
+        self._values[id(p)] = [part.take(p).detach() for part in self._parts(p)]
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer) -> None:
         self._stepping.difference_update(id(p) for group in optimizer.param_groups for p in group["params"])
         for p in self._mine(optimizer):
             if id(p) in self._values:
-                for part, value in zip(self._parts[id(p)][1], self._values[id(p)], strict=True):
+                for part, value in zip(self._parts(p), self._values[id(p)], strict=True):
                     part.write(p, value)
 
 

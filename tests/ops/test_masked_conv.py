@@ -34,6 +34,7 @@ LAYERS = {
     "grouped_1x1": (15, 10, 1, 3, 2, {"groups": 5, "stride": 2}),
     "grouped_prime": (39, 15, 3, 13, 17, {"groups": 3, "padding": (0, 1), "stride": (1, 3), "dilation": (2, 1)}),
     "grouped_even": (32, 30, 4, 9, 33, {"groups": 2, "padding": (1, 3), "stride": 2}),
+    "grouped_deep": (64, 58, 3, 6, 7, {"groups": 2, "padding": 1}),
     "grouped_wide": (68, 68, 3, 5, 18, {"groups": 17, "padding": 1}),  # one place past a window of places
     "grouped_tall": (8, 8, 3, 400, 65, {"groups": 2, "padding": 1}),  # several bands of rows
     "grouped_far": (4, 4, 2, 6, 6, {"groups": 2, "padding": 4, "dilation": 5, "stride": 7}),  # rows of padding alone
@@ -356,7 +357,7 @@ def test_messages():
         masked_conv2d(x, weight, in_keep=[0, 1], compact_input=True)
     with pytest.raises(ShapeError, match=r"expected input \(N, C, H, W\) and weight of 4 dims, got 3 and 4"):
         masked_conv2d(x[0], weight)
-    with pytest.raises(BackendError, match="backend 'cpu' is for depthwise layers and groups of at most 16 channels"):
+    with pytest.raises(BackendError, match="backend 'cpu' is for depthwise layers and groups of at most 32 channels"):
         masked_conv2d(x, weight, backend="cpu")
     with pytest.raises(BackendError, match="unknown backend 'cudnn'; choose one of cuda, cpu, triton, compact, ref"):
         masked_conv2d(x, weight, backend="cudnn")

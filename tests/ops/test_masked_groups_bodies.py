@@ -117,6 +117,24 @@ def test_triton(layer, dtype, memory_format, kinds, fresh_memory_is_nan):
     compare(run, None, layer, dtype, memory_format, out, inp)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("layer", [name for name in DIRECT if name != "grouped_deep"])
+def test_on_a_gpu(layer, memory_format, backend):
+    """What the host model and the interpreter show, on the device itself."""
+    x, weight, bias, arguments = made(layer, torch.float32)
+    x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
+    keep = {"out_keep": live("some", len(weight), 1, 1), "in_keep": live("some", x.shape[1], 1, 2)}
+    results = []
+    for device, name in (("cuda", backend), ("cpu", "reference")):
+        inputs = [t.to(device).requires_grad_() for t in (x, weight, bias)]
+        y = masked_conv2d(*inputs, **arguments, **{k: t.to(device) for k, t in keep.items()}, backend=name)
+        results.append([t.cpu() for t in (y, *torch.autograd.grad(y.square().sum(), inputs))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().clamp(min=1).item())
+
+
 @needs_triton
 def test_triton_on_compact_activations_and_shared_positions(monkeypatch):
     monkeypatch.setattr("cpd_fast.kernels.masked_groups.SHARE_LEAST", 16)
