@@ -28,7 +28,7 @@ from cpd_fast.errors import FileFormatError, PlanError, ScoreError
 # functions whose result depends on how many channels there are, and which masked execution can run over kept ones
 NORMALISING = frozenset(
     "layer_norm rms_norm group_norm batch_norm mean sum norm var std softmax log_softmax logsumexp normalize "
-    "amax amin max min".split()
+    "amax amin max min linalg_vector_norm cosine_similarity softmin".split()
 )
 # products whose first argument a masked execution can clear where channels are removed
 PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "linear", "scaled_dot_product_attention"})

@@ -105,7 +105,12 @@ def sum_(keep: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **kwar
 
 def norm(keep: Tensor, x: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
     """Vector norm of the kept positions."""
-    return torch.norm(x * keep, p, _dims(dim, x), keepdim, **kwargs)
+    return vector_norm(keep, x, 2 if p in ("fro", None) else p, dim, keepdim, **kwargs)
+
+
+def vector_norm(keep: Tensor, x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
+    """Vector norm of the kept positions."""
+    return torch.linalg.vector_norm(x * keep.to(x.dtype), ord, dim, keepdim, **kwargs)
 
 
 def var(
@@ -131,6 +136,11 @@ def softmax(keep: Tensor, x: Tensor, dim: int, *rest: Any, **more: Any) -> Tenso
     return torch.softmax(_without(keep, x, -torch.inf), dim, dtype=_dtype(rest, more))
 
 
+def softmin(keep: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Softmax of -x over the kept positions; 0 at removed ones."""
+    return softmax(keep, -x, *args, **kwargs)
+
+
 def log_softmax(keep: Tensor, x: Tensor, dim: int, *rest: Any, **more: Any) -> Tensor:
     """Logarithm of the softmax over the kept positions; 0 at removed ones."""
     return _without(keep, torch.log_softmax(_without(keep, x, -torch.inf), dim, dtype=_dtype(rest, more)), 0.0)
@@ -144,6 +154,12 @@ def logsumexp(keep: Tensor, x: Tensor, dim: Any, keepdim: bool = False) -> Tenso
 def normalize(keep: Tensor, x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, **_: Any) -> Tensor:
     """x / its norm over the kept positions."""
     return torch.nn.functional.normalize(x * keep.to(x.dtype), p, dim, eps)
+
+
+def cosine_similarity(keep: Tensor, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """Cosine of the kept positions of two tensors."""
+    mask = keep.to(x1.dtype)
+    return torch.nn.functional.cosine_similarity(x1 * mask, x2 * mask, dim, eps)
 
 
 def amax(keep: Tensor, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
@@ -218,7 +234,10 @@ MASKED: dict[str, Callable[..., Any]] = {
     "norm": norm,
     "var": var,
     "std": std,
+    "linalg_vector_norm": vector_norm,
+    "cosine_similarity": cosine_similarity,
     "softmax": softmax,
+    "softmin": softmin,
     "log_softmax": log_softmax,
     "logsumexp": logsumexp,
     "normalize": normalize,

@@ -50,11 +50,11 @@ class Block(nn.Module):
             self.heads, self.head_dim = 2, width
             self.qkv, self.proj = nn.Linear(c, 6 * width), nn.Linear(2 * width, c)
         elif kind == "evolved":
-            self.groups = 2 if c % 2 == 0 else 1
+            self.groups, self.conv = 2 if c % 2 == 0 else 1, nn.Conv2d(c, c, 1)
         elif kind == "paths":
             self.other, self.select = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, 2 * c, 1)
         elif kind == "extremes":
-            self.mix = nn.Conv2d(2, 1, 3, padding=1)
+            self.mix, self.conv = nn.Conv2d(2, 1, 3, padding=1), nn.Conv2d(c, c, 1)
         elif kind in ("softmax", "routed", "sized"):
             self.fc = nn.Linear(c, c)
 
@@ -82,6 +82,7 @@ class Block(nn.Module):
         if self.kind == "group_norm":
             return self.norm(x)
         if self.kind == "evolved":  # statistics of groups of channels, expanded over the group
+            x = self.conv(x)
             n, c, h, w = x.shape
             y = x.reshape(n, self.groups, c // self.groups, h, w)
             std = y.var((2, 3, 4), keepdim=True).add(1e-5).sqrt().expand(y.shape).reshape(x.shape)
@@ -91,6 +92,7 @@ class Block(nn.Module):
             weight = self.select(y.sum(1).mean((2, 3), keepdim=True))
             return (y * weight.view(len(x), 2, -1, 1, 1).softmax(1)).sum(1)
         if self.kind == "extremes":  # CBAM
+            x = self.conv(x)
             seen = torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]], 1)
             return x * self.mix(seen).sigmoid()
         if self.kind in ("softmax", "routed", "sized"):

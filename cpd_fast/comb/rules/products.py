@@ -225,7 +225,9 @@ def linear(t: Tracer, call: Call) -> State:
     return replace(state, scaled_by=sources_of(t, w, bias))
 
 
-@register_rule("aten.mm", "aten.bmm", "aten.matmul", "aten.mv", "aten.dot", "function.matmul", "function.__matmul__")
+@register_rule(
+    "aten.mm", "aten.bmm", "aten.matmul", "aten.mv", "aten.dot", "aten.vdot", "function.matmul", "function.__matmul__"
+)
 def matmul(t: Tracer, call: Call) -> State:
     """Products of matrices, batches of them, and vectors."""
     state = _matmul(t, call.args[0], call.args[1], call.out)

@@ -123,7 +123,7 @@ CHECKS = ("aten.all", "aten.any")
 @register_rule(
     *(f"aten.{n}" for n in "sum mean prod amax amin max min var std var_mean std_mean argmax argmin".split()),
     *(f"aten.{n}" for n in "linalg_vector_norm norm logsumexp any all _is_all_true nansum median".split()),
-    *(f"aten.{n}" for n in "kthvalue mode".split()),
+    *(f"aten.{n}" for n in "kthvalue mode aminmax".split()),
 )
 def reduce(t: Tracer, call: Call) -> Any:
     """Over space or tokens the channels stay; over channels the result would change with their number."""
