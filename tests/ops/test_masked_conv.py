@@ -12,6 +12,8 @@ from torch import Tensor
 
 from cpd_fast.errors import BackendError, ShapeError
 from cpd_fast.ops import _dispatch, explain_backend, masked_conv2d, masked_linear
+from cpd_fast.ops._direct import table_of
+from cpd_fast.ops._masked_channels import channels_of
 
 # name: C_in, C_out, kernel, H, W, arguments
 LAYERS = {
@@ -254,6 +256,41 @@ def test_nothing_alive_calls_no_convolution(monkeypatch):
     assert y.shape == (2, 6, 7, 5) and not y.any()
     y.sum().backward()
     assert weight.grad is not None and not weight.grad.any()
+
+
+@pytest.mark.parametrize("layer", ["grouped", "depthwise"])
+def test_nothing_alive_launches_no_kernel_of_our_own(layer, monkeypatch):
+    x, weight, bias, arguments = made(layer)
+    monkeypatch.setattr("cpd_fast.ops._direct.launch", lambda *a: pytest.fail("launched"))
+    monkeypatch.setattr("cpd_fast.ops._depthwise._call", lambda *a: pytest.fail("launched"))
+    x, inputs = x.contiguous(memory_format=torch.channels_last), [weight.requires_grad_(), bias.requires_grad_()]
+    for images in (x, x.contiguous()):
+        y = masked_conv2d(images, *inputs, **arguments, out_keep=[], in_keep=[0])
+        assert not y.any()
+        assert all(not g.any() for g in torch.autograd.grad(y.sum(), inputs))
+
+
+def test_the_binding_refuses_what_would_read_wild_memory():
+    native = _dispatch._native()
+    if isinstance(native, str):
+        pytest.skip(native)
+    channels = channels_of(None, None, 4, 4, 2, False, False)
+    table, lengths = table_of(channels, torch.device("cpu"))
+    numbers = [0, 0, 2, *lengths, 4, 18, 9, 1, 1, 5, 5, 3, 3, 3, 3, 1, 1, 0, 0, 1, 1]
+    memory = torch.zeros(1000)
+    pointers = [memory.data_ptr()] * 8
+    native.masked_groups(pointers, table.data_ptr(), numbers, 1)
+    with pytest.raises(ValueError, match="pointers must not be null"):
+        native.masked_groups([0, *pointers[1:]], table.data_ptr(), numbers, 1)
+    with pytest.raises(ValueError, match="the output is too large"):
+        native.masked_groups(pointers, table.data_ptr(), [*numbers[:14], 4, *numbers[15:]], 1)
+    with pytest.raises(ValueError, match="dtype must be 0 to 3"):
+        native.masked_groups_input(pointers, table.data_ptr(), [9, *numbers[1:]], 1)
+    for at, value, text in ((6, 4, "a place is out of range"), (11, 2, "an index is out of range"), (0, 1, "add up")):
+        wrong = table.clone()
+        wrong[at] = value
+        with pytest.raises(ValueError, match=text):
+            native.masked_groups_weight(pointers, wrong.data_ptr(), numbers, 1)
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])

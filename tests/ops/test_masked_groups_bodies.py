@@ -137,7 +137,8 @@ def test_on_a_gpu(layer, memory_format, backend):
 
 @needs_triton
 def test_triton_on_compact_activations_and_shared_positions(monkeypatch):
-    monkeypatch.setattr("cpd_fast.kernels.masked_groups.SHARE_LEAST", 16)
+    for name in ("SHARE_LEAST", "BLOCK", "WEIGHT_BLOCK"):  # 25 positions: several blocks, shares of several blocks
+        monkeypatch.setattr(f"cpd_fast.kernels.masked_groups.{name}", 8 if name == "BLOCK" else 16)
     x, weight, bias, arguments = made("grouped", torch.float32)
     out, inp = live("ragged", 8, 4, 1), live("some", 12, 4, 2)
     small = x[:, inp].contiguous()
