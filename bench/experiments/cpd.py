@@ -65,6 +65,8 @@ class InLoop(Prune):
         super().__init__(study, model, optimizer)
         criterion, schedule = how.pop("criterion"), how.pop("schedule")
         cap = how.pop("cap", None)
+        if isinstance(schedule, cpd.Greedy):
+            how["round_to"] = study.round_to
         if cap is not None:  # no layer below this share of the uniform width
             how["max_pruning_ratio"] = 1 - cap * keep**0.5
         self.pruner = cpd.Pruner(model, study.picture, cpd.Target(macs=keep), criterion, schedule, **how)
@@ -130,6 +132,7 @@ class TorchPruning(Prune):
             global_pruning=True,
             pruning_ratio=0.95,
             iterative_steps=400,
+            round_to=study.round_to,
             ignored_layers=[model.classify],
         )
         self.dense = macs_of(model, study.picture)
@@ -183,7 +186,7 @@ def uniform(study: Study, graph: cpd.ChannelGraph, model: nn.Module, keep: float
     """The widest plan of one width for all groups that meets the MACs; channels by magnitude."""
     scores, dense = cpd.score(model, graph, criterion=cpd.Magnitude()), cpd.cost(model, study.picture).macs
     for width in torch.linspace(1, 0.02, 197).tolist():
-        plan = cpd.uniform_plan(graph, scores, width)
+        plan = cpd.uniform_plan(graph, scores, width, study.round_to)
         if cpd.cost(model, study.picture, plan, graph).macs <= keep * dense:
             return plan
     raise AssertionError(f"no uniform width has {keep} of the MACs")
@@ -199,7 +202,9 @@ def make(
             study,
             model,
             optimizer,
-            lambda g: cpd.plan(g, cpd.score(model, g, criterion=cpd.Magnitude()), cpd.Target(macs=keep)),
+            lambda g: cpd.plan(
+                g, cpd.score(model, g, criterion=cpd.Magnitude()), cpd.Target(macs=keep), study.round_to
+            ),
         )
     if method == "Torch-Pruning taylor":
         return TorchPruning(study, model, optimizer, keep, events=10)

@@ -35,6 +35,7 @@ class Study:
         rivals: Methods beside ``best`` at each of them.
         losses: Other distillations of ``best``, compared at the share nearest to ``ABLATED_AT``.
         is_ablated: Whether all variants are compared at ``ABLATED_AT``.
+        round_to: What kept channels of a layer are a multiple of, for all methods but ``released``.
         temperature: Of the distillation loss.
         weight: Of the distillation loss.
     """
@@ -51,6 +52,7 @@ class Study:
     rivals: tuple[str, ...] = RIVALS
     losses: tuple[str, ...] = ()
     is_ablated: bool = False
+    round_to: int = 1
     temperature: float = 4.0
     weight: float = 1.0
 
@@ -149,7 +151,7 @@ STUDIES: dict[str, Study] = {
     "mobilenet": Study(partial(pictures, "MobileNet 16/32/64, expansion 4"), **SHORT, keeps=(0.5, 0.3)),
     "climate": Study(
         landscape, batch=16, epoch=100, teacher=200, prune=60, finetune=100, lr_teacher=1.5e-3, lr=8e-4,
-        keeps=(0.5, 0.3), rivals=("uniform width", RIVALS[2]), losses=("none", "pixel KL", "CIRKD"),
+        keeps=(0.5, 0.3), rivals=("uniform width", RIVALS[2]), losses=("none", "pixel KL", "CIRKD"), round_to=8,
         temperature=1.0, weight=3.0,
     ),
 }  # fmt: skip
