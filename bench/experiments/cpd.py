@@ -451,16 +451,18 @@ def plot(studies: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), squeeze=False)
     for axis, (name, column) in zip(axes[0], panels, strict=True):
         rows = [r for r in studies[name]["rows"] if r["distil"] == "logits" and column in r]
-        for method in ("best", *RIVALS, "published", "magnitude at once"):
+        for number, method in enumerate(("best", *RIVALS, "published", "magnitude at once")):
             mine = sorted((r for r in rows if r["method"] == method and r["keep"] in STUDIES[name].keeps),
                           key=lambda r: r["keep"])  # fmt: skip
             if mine:
                 axis.errorbar([r["macs"]["mean"] for r in mine], [r[column]["mean"] for r in mine],
-                              [r[column]["std"] for r in mine], marker="o", capsize=3, label=method)  # fmt: skip
+                              [r[column]["std"] for r in mine], marker="o", capsize=3, color=f"C{number}",
+                              label=method)  # fmt: skip
         when = "after fine-tuning, test" if column == "test" else "right after removal, BN re-estimated, val"
         axis.set(title=f"{studies[name]['network']}\n{when}", xlabel="share of the MACs that remains",
                  ylabel=f"{studies[name]['figure']}, %")  # fmt: skip
         axis.title.set_fontsize(9)
+        axis.set_xlim(0, 0.8)
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
@@ -470,11 +472,13 @@ def plot(studies: dict[str, Any], path: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "tables"])
-    parser.add_argument("study", nargs="*", choices=list(STUDIES), help="of run; one after the other")
+    parser.add_argument("studies", nargs="*", help=f"of run, one after the other: {', '.join(STUDIES)}")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "cpd", help="folder of teachers and finished cells")
     parser.add_argument("--minutes", type=float, default=60, help="CPU minutes a study after which no cell begins")
     arguments = parser.parse_args()
     if arguments.what == "tables":
         tables(arguments.out)
-    for name in arguments.study:
+    if unknown := set(arguments.studies) - set(STUDIES):
+        parser.error(f"no such study: {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}")
+    for name in arguments.studies:
         Runner(name, arguments.out, arguments.minutes).run()
