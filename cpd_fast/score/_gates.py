@@ -5,19 +5,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from cpd_fast.adapters import adaptable, adapted_forward
 from cpd_fast.errors import ScoreError
 from cpd_fast.score.criterion import Context
 from cpd_fast.types import CoupledGroup, ParamSlice
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _LINEAR = torch.nn.functional.linear
+_STEPS = 3  # at most from a parameter to the weight that a layer gets
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Use:
 class Sites(TorchFunctionMode):
     """Sees every activation that a convolution or linear layer consumes.
 
-    Groups that no such layer consumes (query and key dims) are seen where they are produced.
+    Groups that no such layer consumes (query and key dims) are seen where they are produced. Modules with an adapter
+    (``nn.MultiheadAttention``) run it inside the block: their own forward is one call, whose layers nobody sees.
     """
 
     sees_original_shapes = True  # a masked model runs at full width below this mode
@@ -49,6 +53,20 @@ class Sites(TorchFunctionMode):
                 table.setdefault(id(context.params[s.param]), []).append((g, s))
         self.rows: int | None = None  # fewest rows (dim 0) that any layer saw
         self._seen: set[str] = set()
+        self._adapted: list[nn.Module] = []
+
+    def __enter__(self) -> Sites:
+        for module in self.context.model.modules():
+            if adaptable(module):
+                module.forward = partial(adapted_forward(module), module)
+                self._adapted.append(module)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        while self._adapted:
+            del self._adapted.pop().__dict__["forward"]
 
     @abstractmethod
     def at(self, x: Tensor, dim: int, uses: Sequence[Use]) -> Tensor:
@@ -75,17 +93,22 @@ class Sites(TorchFunctionMode):
             x = self.at(x, dim, uses)
         y = func(x, self.weight(weight), *args, **kwargs)
         if key in self._producers:
-            uses = [Use(g, s.index) for g, s in self._producers[key]]
+            uses = [Use(g, i) for g, s in self._producers[key] if (i := outputs_of(s, weight)).size]
             self._seen.update(u.group.name for u in uses)
-            y = self.at(y, dim, uses)
+            y = self.at(y, dim, uses) if uses else y
         return y
 
     def _parameter(self, weight: Tensor) -> int:
-        """Identity of the parameter that a layer's weight is, or is made from in one step (mask, cast)."""
-        for node, _ in () if weight.grad_fn is None else weight.grad_fn.next_functions:
-            source = getattr(node, "variable", None)
-            if id(source) in self._consumers or id(source) in self._producers:
-                return id(source)
+        """Identity of the parameter that a layer's weight is, or is made from in a few steps (mask, cast, chunk)."""
+        known = {**self._consumers, **self._producers}
+        if id(weight._base) in known:
+            return id(weight._base)
+        nodes = [weight.grad_fn]
+        for _ in range(_STEPS):
+            nodes = [n for node in nodes if node is not None for n, _ in node.next_functions]
+            for node in nodes:
+                if id(source := getattr(node, "variable", None)) in known:
+                    return id(source)
         return id(weight)
 
     def refuse_unseen(self, criterion: str) -> None:
@@ -191,6 +214,20 @@ class Gates(Sites):
             gate = gate if repeats == 1 else gate.repeat_interleave(repeats, 0)
             shape[0] = x.shape[0]
         return x * gate.view(shape).to(x.dtype)
+
+
+def outputs_of(s: ParamSlice, weight: Tensor) -> np.ndarray:
+    """Indices of the layer's outputs that each channel of a producing slice owns: ``(n_channels, k)``.
+
+    The layer's weight may be a chunk of the parameter's rows; k is 0 where it holds none of the slice.
+    """
+    if weight._base is None:
+        return s.index
+    start = (weight.storage_offset() - weight._base.storage_offset()) // weight.stride(0)
+    inside = (s.index >= start) & (s.index < start + len(weight))
+    if len(set(inside.sum(1))) > 1:  # not the same share of every channel: not a chunk of whole blocks
+        return s.index[:, :0]
+    return (s.index[inside] - start).reshape(len(s.index), -1)
 
 
 def inputs_of(s: ParamSlice, weight: Tensor, width: int) -> np.ndarray:

@@ -235,3 +235,46 @@ def test_errors():
     for criterion in (GateHessian(), GroupFisher()):
         with pytest.raises(ScoreError, match="no convolution or linear layer of 1 prunable groups was called: w"):
             score(model, graph, [torch.randn(5, 4)], lambda m, x: m(x).square().mean(), criterion)
+
+
+class Attends(nn.Module):
+    """Self-attention by ``nn.MultiheadAttention``, or by the same layers one by one."""
+
+    def __init__(self, packed):
+        super().__init__()
+        self.packed = packed
+        self.embed, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+        if packed:
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        else:
+            self.q, self.k, self.v, self.project = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        h = self.embed(x)
+        if self.packed:
+            return self.out(self.attention(h, h, h, need_weights=False)[0].mean(1))
+        q, k, v = (f(h).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(self.project(y).mean(1))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("criterion", [GroupFisher(), GateHessian(400)], ids=str)
+def test_packed_projections_of_multi_head_attention_are_gated_like_layers(criterion, frozen):
+    torch.manual_seed(0)
+    packed, apart = Attends(True), Attends(False)
+    with torch.no_grad():
+        for i, layer in enumerate((apart.q, apart.k, apart.v)):
+            layer.weight.copy_(packed.attention.in_proj_weight[8 * i : 8 * i + 8])
+            layer.bias.copy_(packed.attention.in_proj_bias[8 * i : 8 * i + 8])
+    for name, layer in (("embed", apart.embed), ("out", apart.out), ("attention.out_proj", apart.project)):
+        layer.load_state_dict(packed.get_submodule(name).state_dict())
+    batch = torch.randn(5, 4, 6), torch.randint(3, (5,))
+    graphs = [cpd.comb(m, batch[0]) for m in (packed, apart)]
+    for model in (packed, apart):
+        model.requires_grad_(not frozen)
+    found = [score(m, g, [batch], cross_entropy, criterion) for m, g in zip((packed, apart), graphs, strict=True)]
+    assert "forward" not in vars(packed.attention)
+    rtol, share = (1e-4, 1e-6) if isinstance(criterion, GroupFisher) else (0.3, 0.2)  # the other draws its probes
+    for a, b in (("attention.in_proj_weight", "q"), ("attention.in_proj_weight#2", "v"), ("embed", "embed")):
+        torch.testing.assert_close(found[0][a], found[1][b], rtol=rtol, atol=share * float(found[1][b].max()))
