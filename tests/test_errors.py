@@ -206,12 +206,23 @@ def test_damaged_plan(tmp_path, graph):
 # -------------------------------------------------------------------------------------- nothing that could be removed
 
 
+class Sums(nn.Module):
+    """Every channel depends on the place of the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.first(x).cumsum(1))
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [
         (nn.Linear(3, 2), "is an output of the model"),
         (nn.ReLU(), "no groups"),
-        (nn.Sequential(nn.Linear(3, 4), nn.Softmax(1), nn.Linear(4, 2)), "softmax over this axis"),
+        (Sums(), "cumsum over this axis"),
     ],
     ids=["linear", "no parameters", "frozen"],
 )

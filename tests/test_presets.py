@@ -28,5 +28,5 @@ def test_reaches_the_target(name):
 
 
 def test_unknown():
-    with pytest.raises(PlanError, match="preset 'best': expected one of published, released"):
-        preset("best")
+    with pytest.raises(PlanError, match="preset 'finest': expected one of best, published, released"):
+        preset("finest")

@@ -34,9 +34,9 @@ def in_forks(*jobs):
 def test_three_workers_one_killed(tmp_path):
     storage, log = str(tmp_path / "s.db"), tmp_path / "log"
     jobs = [
-        lambda: worker.work(storage, log, pause=0.1),
-        lambda: worker.work(storage, log, die_at=2, pause=0.1),
-        lambda: worker.work(storage, log, pause=0.1),
+        lambda: worker.work(storage, log, pause=0.5),  # slow, so that the one in between gets to its second candidate
+        lambda: worker.work(storage, log, die_at=2),
+        lambda: worker.work(storage, log, pause=0.5),
     ]
     assert in_forks(*jobs) == [0, -signal.SIGKILL, 0]
     found = worker.work(storage, log)  # finds it finished
