@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import tempfile
 from collections.abc import Callable
@@ -30,4 +31,6 @@ def _rank(rank: int, work: Callable[[int], Any], port: int, world: int, folder: 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     torch.save(work(rank), Path(folder) / f"{rank}.pt")
+    gc.collect()  # what is left of DDP must not end the group later, nor a rank leave while the other still talks
+    dist.barrier()
     dist.destroy_process_group()

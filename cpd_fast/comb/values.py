@@ -43,6 +43,8 @@ class Values:
     def __init__(self) -> None:
         self._known: dict[int, Tensor] = {}
         self._sharing: dict[int, list[int]] = {}  # address of a memory -> tensors whose values lie there
+        # every tensor and value there was, so that an id or an address stands for one only: a forward may drop a buffer
+        self._alive: list[tuple[Tensor, Tensor]] = []
         self._held: set[int] = set()  # tensors that depend on a buffer, which a compaction may cut
 
     def of(self, t: Any) -> Tensor | None:
@@ -76,8 +78,9 @@ class Values:
         return elements[:1] if len(set(elements)) == 1 else elements
 
     def set(self, t: Tensor, value: Tensor) -> None:
-        """Remember a value; the caller keeps ``t`` alive."""
+        """Remember a value."""
         self._known[id(t)] = value
+        self._alive.append((t, value))
         self._sharing.setdefault(value.untyped_storage().data_ptr(), []).append(id(t))
 
     def fill(self, t: Tensor, value: Any) -> None:
