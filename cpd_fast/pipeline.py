@@ -10,7 +10,7 @@ from torch import nn
 
 from cpd_fast.comb import comb as trace_groups
 from cpd_fast.comb.meta import collection_paused
-from cpd_fast.compact import rehearse
+from cpd_fast.compact import rehearse, trial_plan
 from cpd_fast.errors import CompactError, TraceError
 from cpd_fast.schedule import plan_cost
 from cpd_fast.types import ChannelGraph, Cost, CoupledGroup, PrunePlan
@@ -76,8 +76,9 @@ def comb(
     failed: set[str] = set()
     while graph.prunable_groups:
         try:
-            if rehearse(model, graph, _uneven_plan(graph)):  # the way to the sizes depended on the plan
-                rehearse(model, graph, _even_plan(graph))
+            uneven = trial_plan(graph, lambda n: 0.45 + 0.4 * ((n * 0.618) % 1))
+            if rehearse(model, graph, uneven):  # the way to the sizes depended on the plan
+                rehearse(model, graph, trial_plan(graph, lambda n: 0.5))
             break
         except CompactError as e:
             dashed = _dashed(graph.hopes, unwrap(model), e.module or "")
@@ -108,22 +109,6 @@ def _dashed(hopes: frozenset[str], model: nn.Module, module: str) -> frozenset[s
     return frozenset(
         h for h in hopes if type(model.get_submodule(h)) is kind or h.startswith(near) or module.startswith(h)
     )
-
-
-def _uneven_plan(graph: ChannelGraph) -> PrunePlan:
-    """A plan whose groups shrink by different shares, so that a size never stands in for another by chance."""
-    kept: dict[str, list[int]] = {}
-    share: dict[str, float] = {}
-    for n, group in enumerate(graph.prunable_groups):
-        keep = share.setdefault(group.tie or group.name, 0.45 + 0.4 * ((n * 0.618) % 1))
-        kept[group.name] = sorted(int(c) for b in group.blocks for c in b[: max(1, int(len(b) * keep))])
-    return PrunePlan(kept, graph.fingerprint)
-
-
-def _even_plan(graph: ChannelGraph) -> PrunePlan:
-    """A plan that keeps half of every block: sizes that were equal stay so."""
-    kept = {g.name: [int(c) for b in g.blocks for c in b[: max(1, len(b) // 2)]] for g in graph.prunable_groups}
-    return PrunePlan({name: sorted(channels) for name, channels in kept.items()}, graph.fingerprint)
 
 
 def _freeze_around(graph: ChannelGraph, model: nn.Module, module: str, widely: bool) -> ChannelGraph:

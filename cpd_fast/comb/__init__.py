@@ -110,6 +110,7 @@ def _comb(
         n: TensorMap(n, shapes[n], to_maps(p.labels for p in planes[n]), n in parameters, n not in unmasked)
         for n in order
     }
+    used = set(order)
     mapped = {n for n, t in tensors.items() if t.maps and t.is_parameter}
     terms = tuple(
         CostTerm(t.kind, t.module, *_fold(t.coefficient, t.planes, resolved.channel)) for t in eval_trace.terms
@@ -132,7 +133,7 @@ def _comb(
         needs_hooks=hooks,
         heads=heads,
         hopes=frozenset(eval_trace.hopes | train_trace.hopes),
-        unused=tuple(n for n in parameters if n not in set(order)),
+        unused=tuple(n for n in parameters if n not in used),
         untouched=sum(p.numel() for n, p in parameters.items() if n not in mapped),
     )
 

@@ -18,6 +18,7 @@ from cpd_fast.compact.compact import Scale, cut_on_meta, fit_modules, kept_scale
 from cpd_fast.compact.repair import has_sizes, known_sizes, norm_lengths
 from cpd_fast.compact.shrink import Kept, what_is_left
 from cpd_fast.compact.sizes import KNOWN
+from cpd_fast.compact.trials import trial_plan
 from cpd_fast.compact.views import resized_class, scale_calls
 from cpd_fast.errors import CompactError
 from cpd_fast.types import ChannelGraph, PrunePlan
@@ -227,13 +228,9 @@ class _Rule:
 
 
 def _uneven_plan(graph: ChannelGraph, turn: int) -> PrunePlan:
-    """Groups shrink by different shares, and by others in every turn, so that no size stands in for another."""
-    kept: dict[str, list[int]] = {}
-    share: dict[str, float] = {}
-    for n, group in enumerate(graph.prunable_groups):
-        keep = share.setdefault(group.tie or group.name, 0.4 + 0.45 * (((n + 1) * (0.618, 0.414, 0.732)[turn]) % 1))
-        kept[group.name] = sorted(int(c) for b in group.blocks for c in b[: max(1, int(len(b) * keep))])
-    return PrunePlan(kept, graph.fingerprint)
+    """Groups shrink by different shares, and by others in every turn."""
+    step = (0.618, 0.414, 0.732)[turn]
+    return trial_plan(graph, lambda n: 0.4 + 0.45 * (((n + 1) * step) % 1))
 
 
 def _structure(model: nn.Module, graph: ChannelGraph, plan: PrunePlan) -> Structure:

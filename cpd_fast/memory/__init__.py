@@ -1,7 +1,7 @@
 """Staying within the memory of one card: predicted on fake tensors, kept by micro-batches and checkpoints."""
 
 from cpd_fast.memory.batches import BatchLoss, Closure, Part, Split, count_samples, first_part, parts_of, split_batch
-from cpd_fast.memory.tensors import RESERVE, PeakMemory, bytes_text, faked, parse_bytes, size_of
+from cpd_fast.memory.tensors import RESERVE, PeakMemory, bytes_text, device_of, faked, parse_bytes, size_of
 from cpd_fast.memory.training import HalfPrecision, MemoryChoice, MemoryFit, blocks_of, checkpointed, fit_memory
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "bytes_text",
     "checkpointed",
     "count_samples",
+    "device_of",
     "faked",
     "first_part",
     "fit_memory",

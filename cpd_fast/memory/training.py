@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cpd_fast.errors import MemoryLimitError
 from cpd_fast.memory.batches import BatchLoss, Split, count_samples, first_part, split_batch
-from cpd_fast.memory.tensors import RESERVE, PeakMemory, bytes_text, faked, parse_bytes, size_of
+from cpd_fast.memory.tensors import RESERVE, PeakMemory, bytes_text, device_of, faked, parse_bytes, size_of
 
 LossFn = Callable[..., Tensor]
 BATCH_NORM_NEEDS = 16  # samples for statistics worth having (Wu & He, arXiv:1803.08494, figure 1)
@@ -291,7 +291,7 @@ def fit_memory(
 
 
 def _free_memory(model: nn.Module) -> int:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     if device.type != "cuda":
         raise MemoryLimitError(f"memory_limit: the model is on {device}, which has none of its own; give one: '10GiB'")
     free, _ = torch.cuda.mem_get_info(device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd_fast.data import IGNORE, DataSplits, Split, augmented_batch
+from cpd_fast.memory import device_of
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,6 @@ class Quality:
     def main(self) -> float:
         """The figure that choices are made by: mIoU, or accuracy."""
         return self.accuracy if self.miou is None else self.miou
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters are."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @torch.no_grad()

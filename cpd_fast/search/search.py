@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cpd_fast.errors import SearchError
+from cpd_fast.memory import device_of
 from cpd_fast.schedule import CandidateSpace
 from cpd_fast.score import Magnitude, score
 from cpd_fast.search.calibration import Batch, materialise
@@ -127,8 +128,7 @@ def search(
         "round_to": round_to,
     }
     space = CandidateSpace(graph, scores, target, latency=latency, **limits)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batches = materialise(calibration, graph, device)
+    batches = materialise(calibration, graph, device_of(model))
     builder = CandidateBuilder(model, graph, batches, _uneven(space), execution, momentum)
     about = {
         "graph": graph.fingerprint,
