@@ -113,9 +113,9 @@ def run(
         print(to_yaml({**what, "run_dir": folder}, config.as_dict()), end="")
         return
     if tensorboard:
-        from cpd_fast.report.tensorboard import check_installed
+        from cpd_fast.packages import SCALARS, require
 
-        check_installed()
+        require(SCALARS)
     known = {k: v for k, v in settings.items() if k not in TARGETS}
     result = getattr(recipes, recipe)(
         task,

@@ -18,7 +18,7 @@ OPTIONAL = {  # what each package is for, and how it is installed
     "timm": ("models timm/NAME", "pip install timm"),
     "segmentation_models_pytorch": ("models smp/DECODER:ENCODER", "pip install segmentation-models-pytorch"),
     "transformers": ("models hf/FOLDER", "pip install transformers"),
-    "PIL": ("folders of pictures", "pip install pillow"),
+    "PIL": ("pictures of folders and reports", "pip install pillow"),
     "optuna": ("searches", "pip install 'cpd_fast[search]'"),
     "tensorboard": ("scalars for TensorBoard", "pip install tensorboard"),
 }

@@ -24,9 +24,9 @@ from cpd_fast.export.shared import (
     difference,
     dynamic_shapes,
     eval_mode,
-    require,
     twice,
 )
+from cpd_fast.packages import ONNX, require
 
 OPSET = 20
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -57,7 +57,7 @@ def export_onnx(
         >>> error < 1e-4
         True
     """
-    require("onnx", "onnxscript", "onnxruntime")
+    require(*ONNX)
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:

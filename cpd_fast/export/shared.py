@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch.utils._pytree import tree_flatten, tree_map
 from cpd_fast.errors import BackendError, ShapeError
 
 TOLERANCE = 1e-4  # of the largest output; fp32 in another order of summation stays below 1e-5
-INSTALL = "install it with: pip install onnx onnxscript onnxruntime"
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -118,14 +116,3 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for m, mode in modes:
             m.training = mode
-
-
-def require(*packages: str) -> None:
-    """Find out whether packages are installed.
-
-    Raises:
-        BackendError: If one is not; says how to install them.
-    """
-    missing = [p for p in packages if importlib.util.find_spec(p) is None]
-    if missing:
-        raise BackendError(f"{', '.join(missing)}: not installed; {INSTALL}")

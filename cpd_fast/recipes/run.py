@@ -20,7 +20,8 @@ from cpd_fast import store
 from cpd_fast.config import CompressConfig
 from cpd_fast.data import Split
 from cpd_fast.distill import ChannelWiseKL, LogitKL
-from cpd_fast.errors import FileFormatError, RunFolderError, TrainingError
+from cpd_fast.errors import BackendError, FileFormatError, RunFolderError, TrainingError
+from cpd_fast.packages import ONNX, PICTURES, SEARCH, require
 from cpd_fast.pipeline import comb
 from cpd_fast.recipes.evaluate import evaluate, reestimate_batch_norm
 from cpd_fast.recipes.outcome import finish
@@ -175,6 +176,8 @@ class Run:
             self.talk.say("precision=fp16 on the CPU takes many times as long as fp32: for trying things out only")
         teacher = self.task.build().to(self.machine.device)
         at = self._resume()
+        if at.stage != "done":
+            self._check_packages()
         graph = self._comb(teacher)
         if at.stage == "teacher":
             check_target(self, teacher, graph)
@@ -194,6 +197,19 @@ class Run:
         at.stage = stages[stages.index(at.stage) + 1]
         at.step, at.tensors, at.state = 0, {}, keep or {}
         self.checkpoint(at.stage, 0, tensors or {}, at.state)
+
+    def _check_packages(self) -> None:
+        """See to it that what the run uses after its training can be imported, or say what it does without it.
+
+        Raises:
+            BackendError: If it cannot; says what to install.
+        """
+        in_onnx = self.config.latency_backend == "onnxruntime"
+        require(PICTURES, *((SEARCH,) if "search" in self.between() else ()), *(ONNX if in_onnx else ()))
+        try:
+            require(*ONNX)
+        except BackendError as e:
+            self.talk.say(f"There will be no ONNX files, and latency in eager PyTorch alone: {e}, before the run ends")
 
     def _comb(self, teacher: nn.Module) -> ChannelGraph:
         """The groups, steered by the settings, and their drawing in the folder."""

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
-from cpd_fast.errors import BackendError
+from cpd_fast.packages import SCALARS, require
 from cpd_fast.report.results import Results
-
-
-def check_installed() -> None:
-    """Find out whether TensorBoard is there, before hours of training.
-
-    Raises:
-        BackendError: If it is not; says how to install it.
-    """
-    if importlib.util.find_spec("tensorboard") is None:
-        raise BackendError("tensorboard is not installed; install it with: pip install tensorboard")
 
 
 def write_scalars(results: Results, folder: Path) -> None:
@@ -29,7 +18,7 @@ def write_scalars(results: Results, folder: Path) -> None:
     Raises:
         BackendError: If TensorBoard is not installed.
     """
-    check_installed()
+    require(SCALARS)
     from torch.utils.tensorboard import SummaryWriter
 
     for old in folder.glob("events.out.tfevents.*") if folder.is_dir() else ():

@@ -14,6 +14,7 @@ from torch import nn
 
 from cpd_fast.errors import BackendError
 from cpd_fast.export import CPU, OPSET
+from cpd_fast.packages import require
 from cpd_fast.timing.measure import Runner, median_ms
 
 RUNS, SECONDS = 200, 0.05  # a layer: enough for a median, few enough for hundreds of layers
@@ -169,6 +170,7 @@ def _in_torch(layer: Layer | None, threads: int, stack: contextlib.ExitStack) ->
 
 
 def _in_onnxruntime(layer: Layer | None, threads: int, stack: contextlib.ExitStack) -> Runner:
+    require("onnx", "onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_flatten
 
 from cpd_fast.errors import BackendError
 from cpd_fast.export import CPU, CUDA, export_onnx, onnx_feed, onnx_session
-from cpd_fast.export.shared import arguments, eval_mode, require
+from cpd_fast.export.shared import arguments, eval_mode
+from cpd_fast.packages import require
 
 FEWEST = 20  # undisturbed runs that a median needs
 WARM_UP = 20
