@@ -10,7 +10,7 @@ demo: .venv/demo.ok
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/cpd-fast compress --demo $(if $(DATA),--data $(DATA))
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -rs
 
 lint: .venv/test.ok
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from cpd_fast.recipes.training import Machine, Trainer, adamw, listen, one_cycle
 from cpd_fast.timing import compare_latency
 
 QUICK = 2500  # val pictures that are measured on during fine-tuning; all at the end
+CELL = ("method", "keep", "distil")  # and the seed
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -46,7 +48,7 @@ class Prune:
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
-    def step(self, closure: Callable[[], Tensor], iteration: int) -> None:
+    def step(self, closure: Callable[..., Tensor], iteration: int) -> None:
         """Nothing, for methods that prune at once."""
 
     def is_done(self, iteration: int) -> bool:
@@ -71,7 +73,7 @@ class InLoop(Prune):
             how["max_pruning_ratio"] = 1 - cap * keep**0.5
         self.pruner = cpd.Pruner(model, study.picture, cpd.Target(macs=keep), criterion, schedule, **how)
 
-    def step(self, closure: Callable[[], Tensor], iteration: int) -> None:
+    def step(self, closure: Callable[..., Tensor], iteration: int) -> None:
         self.pruner.step(closure)
 
     def is_done(self, iteration: int) -> bool:
@@ -115,20 +117,22 @@ def macs_of(model: nn.Module, picture: Tensor) -> int:
 class TorchPruning(Prune):
     """Torch-Pruning's pruner, global and iterative, along the same cubic ramp to the same MACs.
 
-    It replaces parameters, so the optimizer starts anew after every removal.
+    It replaces parameters, so the optimizer starts anew after every removal. Its Hessian importance is the mean
+    square of the gradients of single pictures.
     """
 
     def __init__(
-        self, study: Study, model: nn.Module, optimizer: torch.optim.Optimizer, keep: float, events: int
+        self, study: Study, model: nn.Module, optimizer: torch.optim.Optimizer, keep: float, events: int, hessian: bool
     ) -> None:
         import torch_pruning as tp
 
         super().__init__(study, model, optimizer)
-        self.keep, self.events = keep, events
+        self.keep, self.events, self.hessian = keep, events, hessian
+        self.importance = tp.importance.GroupHessianImportance() if hessian else tp.importance.GroupTaylorImportance()
         self.pruner = tp.pruner.MetaPruner(
             model,
             study.picture,
-            importance=tp.importance.GroupTaylorImportance(),
+            importance=self.importance,
             global_pruning=True,
             pruning_ratio=0.95,
             iterative_steps=400,
@@ -137,10 +141,16 @@ class TorchPruning(Prune):
         )
         self.dense = macs_of(model, study.picture)
 
-    def step(self, closure: Callable[[], Tensor], iteration: int) -> None:
+    def step(self, closure: Callable[..., Tensor], iteration: int) -> None:
         every = self.study.prune // self.events
         if (iteration + 1) % every:
             return
+        if self.hessian:  # as its documentation does it
+            self.importance.zero_grad()
+            for loss in closure(each=True):
+                self.model.zero_grad()
+                loss.backward(retain_graph=True)
+                self.importance.accumulate_grad(self.model)
         share = 1 - (1 - (iteration + 1) // every / self.events) ** 3
         most = self.dense * (1 - (1 - self.keep) * share)
         while macs_of(self.model, self.study.picture) > most:
@@ -206,8 +216,8 @@ def make(
                 g, cpd.score(model, g, criterion=cpd.Magnitude()), cpd.Target(macs=keep), study.round_to
             ),
         )
-    if method == "Torch-Pruning taylor":
-        return TorchPruning(study, model, optimizer, keep, events=10)
+    if method.startswith("Torch-Pruning"):
+        return TorchPruning(study, model, optimizer, keep, events=10, hessian=method.endswith("hessian"))
     return InLoop(study, model, optimizer, keep, execution=execution, **variants(study)[method])
 
 
@@ -249,6 +259,12 @@ class Student:
         if self.features is not None:
             total = total + self.features(heard[-1][-1], wanted[-1][-1])
         return total
+
+
+def task_loss(loss: nn.Module, model: nn.Module, x: Tensor, y: Tensor, each: bool = False) -> Tensor:
+    """Of the batch, or of each of its pictures."""
+    out = model(x)
+    return torch.stack([loss(out[[i]], y[[i]]) for i in range(len(x))]) if each else loss(out, y)
 
 
 def quality(model: nn.Module, data: DataSplits, split: Any, batch: int, seed: int) -> float:
@@ -295,7 +311,7 @@ def run_cell(
             each.zero_grad()
         student.loss(model, x, y, it >= first).backward()
         if it < first:
-            pruning.step(lambda: student.task_loss(model(x), y), it)  # noqa: B023
+            pruning.step(partial(task_loss, student.task_loss, model, x, y), it)
             optimizers[0] = pruning.optimizer
         for each in optimizers:
             for group in each.param_groups:
@@ -347,29 +363,29 @@ class Runner:
         for seed in SEEDS:
             self.teacher_line(seed)
         keeps = sorted(study.keeps, key=lambda k: abs(k - ABLATED_AT))
+        methods = ("best", *study.rivals, *(("published", "magnitude at once") if study.is_ablated else ()))
         for keep in keeps:
             for seed in SEEDS:
-                for method in ("best", *study.rivals):
+                for method in methods:
                     self.cell(method, keep, "logits", seed)
         for seed in SEEDS:
             for distil in study.losses:
                 self.cell("best", keeps[0], distil, seed)
-        if not study.is_ablated:
-            return
-        for seed in SEEDS:
-            for method in ("magnitude at once", *variants(study)):
+            for method in variants(study) if study.is_ablated else ():
                 self.cell(method, ABLATED_AT, "logits", seed)
-        for seed in SEEDS:
-            for keep in study.keeps:
-                for method in ("published", "magnitude at once"):
-                    self.cell(method, keep, "logits", seed)
 
     def cell(self, method: str, keep: float, distil: str, seed: int) -> None:
         """Run a cell that is not there yet, while there is time."""
         key = {"method": method, "keep": keep, "distil": distil, "seed": seed}
         if any(all(line[k] == v for k, v in key.items()) for line in self.lines) or self.spent > 60 * self.minutes:
             return
-        self.add({**key, **run_cell(self.study, self.task, method, keep, distil, seed, self.teacher(seed))})
+        try:
+            found = run_cell(self.study, self.task, method, keep, distil, seed, self.teacher(seed))
+        except Exception as e:
+            if not method.startswith("Torch-Pruning"):
+                raise
+            found = {"failed": repr(e), "cpu_s": 0.0}
+        self.add({**key, **found})
 
     def add(self, line: dict[str, Any]) -> None:
         """Write a finished cell."""
@@ -413,27 +429,34 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 # -------------------------------------------------------------------------------------------------------------- tables
 def tables(folder: Path) -> None:
-    doc: dict[str, Any] = {"command": "python bench/experiments/cpd.py run", "torch": torch.__version__, "studies": {}}
+    """Write the rows of the cells in a folder; rows of cells that are not there stay as they were."""
+    path = ROOT / "bench/results/cpd.json"
+    doc = json.loads(path.read_text())
+    doc["torch"] = torch.__version__
     for name, study in STUDIES.items():
         if not (lines := read(folder / f"{name}.jsonl")):
             continue
         task, cells = study.task(), {}
         for line in lines:
             cells.setdefault((line["method"], line["keep"], line["distil"]), []).append(line)
+        known = {tuple(r[k] for k in CELL): r for r in doc["studies"].get(name, {}).get("rows", [])}
+        known.update({key: row(key, parts) for key, parts in cells.items()})
         doc["studies"][name] = {
             "data": task.name,
             "network": task.model_name,
             "figure": "mIoU" if task.data.is_segmentation else "accuracy",
             "iterations": {k: getattr(study, k) for k in ("teacher", "prune", "finetune", "epoch", "batch")},
-            "rows": [row(key, parts) for key, parts in sorted(cells.items())],
+            "rows": [known[key] for key in sorted(known)],
         }
-    (ROOT / "bench/results/cpd.json").write_text(json.dumps(doc, indent=1) + "\n")
+    path.write_text(json.dumps(doc, indent=1) + "\n")
     plot(doc["studies"], ROOT / "bench/results/cpd.png")
 
 
 def row(key: tuple[str, float, str], parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and spread of a cell over the seeds."""
-    found: dict[str, Any] = dict(zip(("method", "keep", "distil"), key, strict=True), seeds=len(parts))
+    found: dict[str, Any] = dict(zip(CELL, key, strict=True), seeds=sum("failed" not in p for p in parts))
+    if failed := [p["failed"] for p in parts if "failed" in p]:
+        found["failed"] = failed
     for name in sorted({k for p in parts for k, v in p.items() if isinstance(v, float) and k not in ("keep", "cpu_s")}):
         values = torch.tensor([p[name] for p in parts if name in p], dtype=torch.float64)
         spread = float(values.std()) if len(values) > 1 else 0.0

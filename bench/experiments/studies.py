@@ -15,7 +15,7 @@ from cpd_fast.recipes.tasks import Task
 SEEDS = (0, 1, 2)
 ABLATED_AT = 0.3
 SHORT_EPOCH, EPOCH = 143, 429  # of Fashion-MNIST in batches of 128: a third of the pictures, all of them
-RIVALS = ("uniform width", "released", "Torch-Pruning taylor")
+RIVALS = ("uniform width", "released", "Torch-Pruning taylor", "Torch-Pruning hessian")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Residual(nn.Module):
 
 
 class SmallGroupedNet(nn.Module):
-    """Three stages of two residual blocks for one grey channel."""
+    """Three stages of two residual blocks for one grey channel, behind a stem that halves the picture."""
 
     def __init__(
         self, widths: tuple[int, ...], middle: Callable[[int, int], int], groups: Callable[[int], int]
@@ -110,7 +110,11 @@ class SmallGroupedNet(nn.Module):
                 mid = middle(inp, width)
                 blocks.append(Residual(inp, width, mid, groups(mid), 2 if stage and not block else 1))
                 inp = width
-        self.stem, self.layers, self.classify = conv(1, widths[0]), nn.Sequential(*blocks), nn.Linear(widths[-1], 10)
+        self.stem, self.layers, self.classify = (
+            conv(1, widths[0], stride=2),
+            nn.Sequential(*blocks),
+            nn.Linear(widths[-1], 10),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.layers(self.stem(x)).mean((2, 3)))
@@ -119,9 +123,9 @@ class SmallGroupedNet(nn.Module):
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ResNet 16/32/64": partial(SmallResNet, 10, (16, 32, 64)),
     "ResNet 32/64/128": partial(SmallResNet, 10, (32, 64, 128)),
-    "ResNeXt 32/64/128, 8 groups": partial(SmallGroupedNet, (32, 64, 128), lambda inp, out: out, lambda mid: 8),
-    "MobileNet 16/32/64, expansion 4": partial(
-        SmallGroupedNet, (16, 32, 64), lambda inp, out: 4 * inp, lambda mid: mid
+    "ResNeXt 16/32/64, 4 groups": partial(SmallGroupedNet, (16, 32, 64), lambda inp, out: out, lambda mid: 4),
+    "MobileNet 12/24/48, expansion 3": partial(
+        SmallGroupedNet, (12, 24, 48), lambda inp, out: 3 * inp, lambda mid: mid
     ),
 }
 
@@ -145,13 +149,13 @@ STUDIES: dict[str, Study] = {
     "small": Study(partial(pictures, "ResNet 16/32/64"), **SHORT, keeps=(0.7, 0.5, 0.3, 0.2, 0.1, 0.05),
         losses=("none", "features", "logits+features", "logits, fine-tuning only"), is_ablated=True),
     "large": Study(
-        partial(pictures, "ResNet 32/64/128"), **LONG, keeps=(0.465, 0.2325), rivals=("uniform width", RIVALS[2])
+        partial(pictures, "ResNet 32/64/128"), **LONG, keeps=(0.465, 0.2325), rivals=("uniform width", *RIVALS[2:])
     ),
-    "resnext": Study(partial(pictures, "ResNeXt 32/64/128, 8 groups"), **SHORT, keeps=(0.5, 0.3)),
-    "mobilenet": Study(partial(pictures, "MobileNet 16/32/64, expansion 4"), **SHORT, keeps=(0.5, 0.3)),
+    "resnext": Study(partial(pictures, "ResNeXt 16/32/64, 4 groups"), **SHORT, keeps=(0.3,)),
+    "mobilenet": Study(partial(pictures, "MobileNet 12/24/48, expansion 3"), **SHORT, keeps=(0.3,)),
     "climate": Study(
         landscape, batch=16, epoch=100, teacher=200, prune=60, finetune=100, lr_teacher=1.5e-3, lr=8e-4,
-        keeps=(0.5, 0.3), rivals=("uniform width", RIVALS[2]), losses=("none", "pixel KL", "CIRKD"), round_to=8,
+        keeps=(0.5, 0.3), rivals=("uniform width", *RIVALS[2:]), losses=("none", "pixel KL", "CIRKD"), round_to=8,
         temperature=1.0, weight=3.0,
     ),
 }  # fmt: skip

@@ -277,8 +277,8 @@ inline GroupSums sum_group(const TileBuffer& tile, int64_t at, int64_t pitch, in
         run.zs[v] += ex;
         run.zt[v] += ey;
         if (kExact) {
-          const vfloat term = ey * (y - x);
-          run.a[v] += ey != 0.0f ? term : vfloat{};
+          const vfloat sum = run.a[v] + ey * (y - x);  // fused where the quick form is: equal in finite columns
+          run.a[v] = ey != 0.0f ? sum : run.a[v];
         } else {
           run.a[v] += ey * (max_or_second(lowest, y) - x);
         }
