@@ -12,6 +12,7 @@
 
 namespace py = pybind11;
 
+void bind_elements(py::module_& m);    // bindings_elements.cpp
 void bind_hutchinson(py::module_& m);  // bindings_hutchinson.cpp
 void bind_masked_conv(py::module_& m);
 void bind_masked_groups(py::module_& m);  // bindings_masked_conv.cpp
@@ -154,6 +155,7 @@ PYBIND11_MODULE(_native, m) {
   bind_hutchinson(m);
   bind_masked_conv(m);
   bind_masked_groups(m);
+  bind_elements(m);
 #ifdef CPD_WITH_CUDA
   m.def("channel_kl_cuda", &channel_kl_cuda, no_gil);
   m.def("channel_kl_cuda_scratch", [](int dtype, int64_t outer, int64_t reduce, int64_t inner) {

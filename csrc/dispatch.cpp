@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "channel_kl.h"
+#include "elements.h"
 #include "hutchinson.h"
 #include "masked_depthwise.h"
 #include "masked_groups.h"
@@ -20,6 +21,7 @@
   X(small_elements, SmallElements)            \
   X(hutchinson_reduce, HutchinsonReduce)      \
   X(channel_sums, ChannelSums)                \
+  X(elements, Elements)                       \
   X(masked_depthwise, MaskedDepthwise)        \
   X(masked_depthwise_input, MaskedDepthwise)  \
   X(masked_depthwise_weight, MaskedDepthwise) \

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cpd_fast.ops import _dispatch
 from cpd_fast.ops._masked_channels import Channels, Geometry
-from cpd_fast.ops._masked_compact import compact_conv2d, is_channels_last
+from cpd_fast.ops._masked_compact import compact_conv2d
+from cpd_fast.ops.elements import is_channels_last
 
 MOST = {"cpu": 32}  # channels a group, as measured; 16 elsewhere
 

@@ -150,9 +150,10 @@ def explain_backend(op: str, *args: Any, **options: Any) -> str:
 
 
 def is_watched(*tensors: Tensor) -> bool:
-    """Whether a compiler, a dispatch mode or a tensor subclass looks on: then ops must go through torch.ops."""
+    """Whether a compiler, tracer, dispatch mode or tensor subclass looks on: then ops must go through torch.ops."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cpd_fast.errors import BackendError
 from cpd_fast.ops import _direct, _dispatch
-from cpd_fast.ops._masked_compact import is_channels_last
+from cpd_fast.ops.elements import is_channels_last
 
 BODIES = {
     "cuda": "CUDA kernels that read and write through index lists",
