@@ -1,6 +1,5 @@
 """The recipe from end to end on a task of a second: what it leaves, and that nothing can stop it for good."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -61,24 +60,9 @@ def test_later_scorings_know_what_is_masked(tiny, tmp_path, monkeypatch):
     assert not first and second and set(second) <= set(whole.plan)
 
 
-def in_a_fork(work):
-    """Do ``work()`` in a child process; returns the signal that ended it, or 0. Far cheaper than a new Python."""
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            work()
-            os._exit(0)
-        os._exit(1)
-    return os.WTERMSIG(os.waitpid(child, 0)[1])
-
-
 @pytest.mark.parametrize("die_at", [2, 4, 5, 6, 7, 9, 10, 11, 12, 13])
-def test_kill_9_and_the_same_call_give_the_same_plan_and_weights(tiny, uninterrupted, tmp_path, die_at):
-    def dying():
-        tiny.die_at_write(die_at)
-        tiny.run(tmp_path / "run")
-
-    assert in_a_fork(dying) == signal.SIGKILL
+def test_kill_9_and_the_same_call_give_the_same_plan_and_weights(tiny, uninterrupted, killed, tmp_path, die_at):
+    assert killed(tmp_path / "run", die_at) == -signal.SIGKILL
     tiny.run(tmp_path / "run")
     assert same_outcome(tmp_path / "run", uninterrupted)
 

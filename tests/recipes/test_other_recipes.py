@@ -1,6 +1,5 @@
 """EagleEye, Prune-then-Distill and CPD with parts of both, end to end on a task of a second, and killed in between."""
 
-import contextlib
 import os
 import signal
 
@@ -47,25 +46,10 @@ def test_run_reaches_the_target_and_leaves_its_files(finished):
     assert "rounds" in r.settings and ("prune_events" in r.settings) == (recipe == "cpd")
 
 
-def in_a_fork(work):
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            work()
-            os._exit(0)
-        os._exit(1)
-    return os.WTERMSIG(os.waitpid(child, 0)[1])
-
-
 @pytest.mark.parametrize("die_at", [3, 6, 9, 12])
-def test_kill_9_and_the_same_call_give_the_same_network(finished, tiny, tmp_path, die_at):
+def test_kill_9_and_the_same_call_give_the_same_network(finished, tiny, killed, tmp_path, die_at):
     recipe, whole = finished
-
-    def dying():
-        tiny.die_at_write(die_at)
-        tiny.run(tmp_path / "run", recipe=recipe, **SMALL[recipe])
-
-    assert in_a_fork(dying) == signal.SIGKILL
+    assert killed(tmp_path / "run", die_at, recipe=recipe, **SMALL[recipe]) == -signal.SIGKILL
     tiny.run(tmp_path / "run", recipe=recipe, **SMALL[recipe])
     assert PrunePlan.load(tmp_path / "run" / "plan.json") == whole.plan
     name = "student.safetensors"

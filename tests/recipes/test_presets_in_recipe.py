@@ -12,8 +12,6 @@ from cpd_fast.recipes import in_loop
 from cpd_fast.recipes.training import Trainer
 from cpd_fast.types import PrunePlan
 
-from .test_cpd import in_a_fork
-
 STEPS = {"prune_steps": 12, "prune_events": 3, "checkpoint_every": 5}
 HOW = {
     "best": {"preset": "best", **STEPS},
@@ -49,14 +47,9 @@ def test_the_target_holds_and_removals_are_told(finished):
 
 
 @pytest.mark.parametrize("die_at", [4, 6, 8])
-def test_kill_9_and_the_same_call_end_alike(finished, tiny, tmp_path, die_at):
+def test_kill_9_and_the_same_call_end_alike(finished, tiny, killed, tmp_path, die_at):
     how, whole = finished
-
-    def dying():
-        tiny.die_at_write(die_at)
-        tiny.run(tmp_path / "run", **HOW[how])
-
-    assert in_a_fork(dying) == signal.SIGKILL
+    assert killed(tmp_path / "run", die_at, **HOW[how]) == -signal.SIGKILL
     tiny.run(tmp_path / "run", **HOW[how])
     assert PrunePlan.load(tmp_path / "run" / "plan.json") == whole.plan
     name = "student.safetensors"
