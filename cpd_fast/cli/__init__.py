@@ -5,8 +5,10 @@ One file a subcommand; each holds a ``command`` that is thin over the Python API
 
 from __future__ import annotations
 
+import inspect
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -43,19 +45,30 @@ def _about(
 ) -> None:
     """Make trained vision networks physically smaller and faster.
 
-    Results go to stdout, talk to stderr; --json gives results to machines. Exit codes: 0 done; 1 a fault of yours or of
-    the data, said in one sentence; 2 a wrong flag; 130 stopped with Ctrl-C.
+    Results go to stdout, talk to stderr; --json gives results to machines.
+
+    Exit codes: 0 done; 1 a fault of yours or of the data, in one sentence; 2 a wrong flag; 130 stopped with Ctrl-C.
     """
 
 
-app.command("compress")(compress.command)
-app.command("resume")(compress.resume)
-app.command("report")(report.command)
-app.command("export")(export.command)
-app.command("comb")(comb.command)
-app.command("bench")(bench.command)
-app.command("settings")(settings.command)
-app.command("doctor")(doctor.command)
+def _page(command: Callable[..., Any]) -> str:
+    """What ``--help`` says: the docstring without what it raises, a paragraph a line."""
+    text = inspect.cleandoc(command.__doc__ or "").partition("\n\nRaises:")[0]
+    return "\n\n".join(" ".join(paragraph.splitlines()) for paragraph in text.split("\n\n"))
+
+
+_COMMANDS: dict[str, Callable[..., Any]] = {
+    "compress": compress.command,
+    "resume": compress.resume,
+    "report": report.command,
+    "export": export.command,
+    "comb": comb.command,
+    "bench": bench.command,
+    "settings": settings.command,
+    "doctor": doctor.command,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name, help=_page(_command))(_command)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,7 +48,7 @@ def command(
     """
     asked = {} if recipe_file is None else read_recipe(recipe_file)
     asked |= dict(_setting(s) for s in setting or ()) | {k: v for k, v in flags.items() if v is not None}
-    what, settings = check_recipe(asked, str(recipe_file or "flags"))
+    what, settings = check_recipe(asked, str(recipe_file or "flags"), sources=True)
     if demo and what["run_dir"] is None:
         named = "demo" if what["data"] == "climate" else f"demo-{what['data']}"
         what["run_dir"] = Path("runs") / named
@@ -121,7 +122,7 @@ def run(
         task,
         target=config.target(),
         run_dir=folder,
-        command=" ".join(["cpd-fast", *sys.argv[1:]]),
+        command=shlex.join(["cpd-fast", *sys.argv[1:]]),
         **({} if minutes is None else {"minutes": minutes}),
         **known,
     )

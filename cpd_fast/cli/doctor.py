@@ -32,7 +32,7 @@ def command(json: Annotated[bool, typer.Option("--json", help="Print it as JSON.
     if json:
         as_json(found)
     else:
-        show_table(("what", "state"), list(found.items()))
+        show_table(("what", "state"), list(found.items()), numbers=False)
 
 
 def _hardware() -> dict[str, str]:

@@ -51,8 +51,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {str(k).replace("-", "_"): v for k, v in doc.items()}
 
 
-def check_recipe(asked: Mapping[str, Any], where: str = "recipe") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split what was asked into what is compressed and the settings of how.
+def check_recipe(
+    asked: Mapping[str, Any], where: str = "recipe", sources: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split what was asked into what is compressed and the settings of how; ``sources``: look for model and data too.
 
     Returns:
         ``what`` with every name of ``WHAT``, defaults filled in, and the settings that were given.
@@ -85,6 +87,7 @@ def check_recipe(asked: Mapping[str, Any], where: str = "recipe") -> tuple[dict[
         faults.append("minutes: recipe auto needs them, and the others take none")
     if what.get("weights") is not None and not what["weights"].is_file():
         faults.append(f"weights={str(what['weights'])!r}: no such file")
+    faults += source_faults(what) if sources else []
     settings = {k: v for k, v in asked.items() if k in settings_fields() and v is not None}
     try:
         CompressConfig.from_dict(settings)
@@ -93,6 +96,32 @@ def check_recipe(asked: Mapping[str, Any], where: str = "recipe") -> tuple[dict[
     if faults:
         raise ConfigError(f"{where}: {len(faults)} fault{'s' if len(faults) > 1 else ''}\n  " + "\n  ".join(faults))
     return what, settings
+
+
+def source_faults(what: Mapping[str, Any]) -> list[str]:
+    """Faults of model, data and layout that show without loading them."""
+    from cpd_fast.cli.models import KINDS
+    from cpd_fast.data.folders import LAYOUTS
+    from cpd_fast.recipes import TASKS
+
+    faults = []
+    data, model = what.get("data"), what.get("model")
+    if data is not None and data not in TASKS and not (":" in data or Path(data).is_dir()):
+        faults.append(
+            f"data {data!r} is unknown; choose one of {', '.join(TASKS)}, or give a folder of pictures or "
+            "python.module:function"
+        )
+    elif data is not None and data not in TASKS and model is None:
+        faults.append(f"data {data!r} has no network of its own: give model, e.g. --model timm/resnet18")
+    if (
+        model is not None
+        and model not in TASKS
+        and not (model.startswith(("timm/", "smp/", "hf/")) or (":" in model and "/" not in model))
+    ):
+        faults.append(f"model {model!r}: expected {KINDS}")
+    if what.get("layout") not in (*LAYOUTS, None):
+        faults.append(f"layout {what['layout']!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    return faults
 
 
 def to_yaml(what: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

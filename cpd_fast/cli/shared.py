@@ -12,6 +12,8 @@ from rich.table import Table
 
 from cpd_fast.report import Results, table
 
+WHOLE = 10_000  # characters, wider than any table
+
 
 def show_results(results: Results, page: Path) -> None:
     """Print the before/after table and the path of the report."""
@@ -19,14 +21,16 @@ def show_results(results: Results, page: Path) -> None:
     Console(highlight=False).print(f"\nReport: {page.resolve()}", soft_wrap=True)
 
 
-def show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table without lines, numbers to the right."""
+def show_table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> None:
+    """A table without lines, numbers to the right; in a file or a pipe no cell is cut, however wide it is."""
     out = Table(*head, box=None, pad_edge=False)
     for column in out.columns[1:]:
-        column.justify = "right"
+        column.justify = "right" if numbers else "left"
     for row in rows:
         out.add_row(*row)
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WHOLE
     console.print()
     console.print(out)
 

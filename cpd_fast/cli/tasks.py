@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from cpd_fast.cli.models import ModelError, Source, from_python, load_weights, model_source
+from cpd_fast.cli.recipe import source_faults
 from cpd_fast.data import DataSplits, folder_data
 from cpd_fast.errors import DataError
 from cpd_fast.recipes import TASKS, Task, builtin
@@ -29,13 +30,8 @@ def task_of(what: Mapping[str, Any]) -> tuple[Task, dict[str, Any]]:
         if what["weights"] is not None:
             raise ModelError(f"weights: give the model too; {data} has a network of its own")
         return builtin(data, what["data_dir"]), {}
-    if data not in TASKS and not (":" in data or Path(data).is_dir()):
-        raise DataError(
-            f"data {data!r} is unknown; choose one of {', '.join(TASKS)}, or give a folder of pictures or "
-            "python.module:function"
-        )
-    if model is None:
-        raise ModelError(f"data {data!r} has no network of its own: give model, e.g. --model timm/resnet18")
+    for fault in source_faults(what):
+        raise DataError(fault)
     source = model_source(model)
     splits = _data(what, what["size"] or source.size or 224)
     if source.mean is not None and source.std is not None and len(source.mean) == splits.train.images.shape[1]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -87,9 +88,10 @@ def run_recipe(
     config = dataclasses.replace(config, **run_class.defaults(config, settings))
     loaded = builtin(task, data_dir) if isinstance(task, str) else task
     asked = {"recipe": recipe, "task": loaded.name, **loaded.origin, **config.of_recipe(recipe)}
-    with RunFolder(run_dir, asked) as folder, StopRequest() as stop:
+    command = command or f"python {shlex.join(sys.argv)}"
+    with RunFolder(run_dir, asked, command) as folder, StopRequest() as stop:
         with talk or Talk() as voice:
-            run = run_class(loaded, config, folder, voice, stop, command or f"python {' '.join(sys.argv)}")
+            run = run_class(loaded, config, folder, voice, stop, folder.command)
             if choice is not None:
                 folder.write(CHOICE, choice)
             if (folder.path / CHOICE).exists():

@@ -51,6 +51,7 @@ class RunFolder:
     Args:
         path: The folder; created if it does not exist.
         settings: What the run was asked to do, JSON-able. A folder belongs to one set of settings for good.
+        command: What asked for it. ``folder.command`` is that of the first time: what resumed a run does not repeat it.
 
     Raises:
         RunFolderError: If the folder cannot be written, is in use, or belongs to other settings (says which).
@@ -64,8 +65,9 @@ class RunFolder:
         ('teacher', 3, [1.0, 1.0], {'loss': [0.5]})
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], command: str = "") -> None:
         self.path = Path(path)
+        self.command = command
         self._lock: int | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -99,7 +101,9 @@ class RunFolder:
             RunFolderError: If they differ, or the folder holds something else.
         """
         if (self.path / "run.json").exists():
-            made = self.read_json("run.json").get("settings", {})
+            doc = self.read_json("run.json")
+            self.command = str(doc.get("command", self.command))
+            made = doc.get("settings", {})
             made = {**{k: v for k, v in before_choice().items() if k in settings}, **made}
             differ = [k for k in {**made, **settings} if made.get(k) != settings.get(k)]
             if differ:
@@ -115,7 +119,7 @@ class RunFolder:
                 f"{self.path}: is not empty and no run folder (it holds {', '.join(sorted(strangers)[:3])}); "
                 "choose another --run-dir"
             )
-        self.write("run.json", json.dumps({"settings": settings}, indent=1))
+        self.write("run.json", json.dumps({"settings": settings, "command": self.command}, indent=1))
 
     def write(self, name: str, data: str | bytes) -> Path:
         """Write one file in full or not at all.

@@ -169,7 +169,7 @@ def test_compress_calls_the_recipe_and_ends_with_table_and_path(run, finished, m
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--data", "imagenet"], 1, "error: data 'imagenet' is unknown; choose one of climate, fashion-mnist"),
+        (["--data", "imagenet"], 1, "data 'imagenet' is unknown; choose one of climate, fashion-mnist"),
         (["--target-macs", "1.5"], 1, "target_macs=1.5: expected a number from 0.001 to 1"),
         (["--set", "tua=1"], 1, "tua: no such setting, did you mean tau?"),
         (["--set", "tau"], 2, "expected NAME=VALUE"),

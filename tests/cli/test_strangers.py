@@ -10,6 +10,7 @@ import yaml
 
 from cpd_fast import cli
 from cpd_fast.cli.models import ModelError, load_weights, model_source
+from cpd_fast.cli.shared import show_table
 from cpd_fast.recipes import outcome
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -126,6 +127,7 @@ def test_classifier_on_a_folder_of_pictures(here, call, no_onnx):
     assert "every other picture of val became test" in " ".join(numbers["notes"])
     code, again, err = call("resume", "run", "--json")
     assert code == 0 and json.loads(again) == numbers, err
+    (here / "photos").rename(here / "moved")  # an export needs no data
     code, out, err = call("export", "run", "--format", "pt2", "--json")
     assert code == 0 and json.loads(out)["difference"] < 1e-4, err
     exported = torch.export.load(json.loads(out)["path"]).module()
@@ -229,12 +231,16 @@ def test_tensorboard_is_missed_before_training(here, call, monkeypatch):
 def test_every_fault_of_a_recipe_is_listed(here, call):
     (here / "bad.yaml").write_text(
         "modle: mine:dense\ntarget_macs: 2\nsize: big\nweights: nowhere.pth\nprune_steps: 0\n"
+        "data: nowhere\nmodel: resnet18\nlayout: rows\n"
     )
     code, out, err = call("compress", "bad.yaml")
     err = " ".join(err.split())
     assert code == 1 and out == ""
     for text in (
-        "bad.yaml: 5 faults",
+        "bad.yaml: 8 faults",
+        "data 'nowhere' is unknown; choose one of climate, fashion-mnist",
+        "model 'resnet18': expected timm/NAME",
+        "layout 'rows' is unknown; choose one of auto, image-folder",
         "modle: no such setting, did you mean model?",
         "size='big': expected a whole number",
         "weights='nowhere.pth': no such file",
@@ -334,6 +340,14 @@ def test_help_reads_like_a_page(call):
     code, out, _ = call("compress", "--help")
     assert code == 0 and all(text in out for text in ("What is compressed", "--target-macs", "--layout", "RECIPE.yaml"))
     assert "Exit codes: 0 done" in " ".join(call("--help")[1].split())
+    for command in ("compress", "resume", "report", "export", "comb", "bench", "settings", "doctor"):
+        code, out, _ = call(command, "--help")
+        assert code == 0 and "Raises" not in out and "Error:" not in out  # what only programmers want
+
+
+def test_piped_tables_are_not_cut(capsys):
+    show_table(("name", "value"), [("n" * 100, "v" * 100)])
+    assert f"{'n' * 100}  {'v' * 100}" in capsys.readouterr().out
 
 
 def test_run_that_is_none(call, tmp_path):

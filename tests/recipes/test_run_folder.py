@@ -80,3 +80,9 @@ def test_settings_that_the_folder_does_not_know_mean_what_runs_did_before(tmp_pa
     with pytest.raises(RunFolderError, match="criterion: it has 'HessianTrace', this command asks for 'GateHessian'"):
         RunFolder(tmp_path, {"recipe": "cpd", "seed": 0, "criterion": "GateHessian"})
     assert read_settings(tmp_path)["criterion"] == "HessianTrace" and read_settings(tmp_path)["latency_threads"] == 1
+
+
+def test_a_resumed_run_names_the_command_it_was_begun_with(tmp_path):
+    for command in ("cpd-fast compress --seed 3", "cpd-fast resume run"):
+        with RunFolder(tmp_path, {"seed": 3}, command) as folder:
+            assert folder.command == "cpd-fast compress --seed 3"
