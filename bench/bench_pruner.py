@@ -29,7 +29,7 @@ NETWORKS = {  # name: (model, batch, pixels)
     "resnet50": ("resnet50", 16, 64),
     "deit_s": ("deit_small_patch16_224", 8, 112),
 }
-CALLS, PASSES = 2, 3
+CALLS, PASSES = 2, 5
 ALWAYS, ONCE = cpd.Greedy(interval=10**6, steps=2), cpd.Greedy(interval=1, steps=2)
 
 
@@ -44,8 +44,9 @@ def make(name):
 class Loop:
     """One network in training; ``pruner`` steps in every iteration, where there is one."""
 
-    def __init__(self, model, batch, pruner=None, looked_at=None):
+    def __init__(self, model, batch, pruner=None, looked_at=None, runs_backward=False):
         self.model, self.batch, self.pruner, self.looked_at = model, batch, pruner, looked_at
+        self.runs_backward = runs_backward
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def loss(self, samples=None):
@@ -53,6 +54,11 @@ class Loop:
 
     def __call__(self):
         self.optimizer.zero_grad()
+        if self.runs_backward:
+            self.pruner.backward(self.loss)
+            self.pruner.step()
+            self.optimizer.step()
+            return
         self.loss().backward()
         if self.pruner is not None:
             self.pruner.step(partial(self.loss, self.looked_at))
@@ -87,10 +93,15 @@ def masks_alone(model, batch):
 
 
 def probed(criterion, parts, model, batch):
-    """A probe in every iteration on one of ``parts`` parts of the batch, and a removal of next to nothing after it."""
-    steps = cpd.Greedy(interval=1, steps=10**6)
-    pruner = cpd.Pruner(model, batch[0][:1], cpd.Target(macs=0.99), criterion, steps)
+    """A probe in every iteration, by a closure over one of ``parts`` parts of the batch."""
+    pruner = cpd.Pruner(model, batch[0][:1], cpd.Target(macs=0.5), criterion, ALWAYS, probe_every=1)
     return Loop(model, batch, pruner, max(len(batch[0]) // parts, 1))
+
+
+def in_training(model, batch):
+    """A probe in every iteration, with the gradient of the training step as one end of the difference."""
+    pruner = cpd.Pruner(model, batch[0][:1], cpd.Target(macs=0.5), cpd.HessianTrace(), ALWAYS, probe_every=1)
+    return Loop(model, batch, pruner, runs_backward=True)
 
 
 PROVIDERS = {
@@ -98,6 +109,7 @@ PROVIDERS = {
     "taylor": taylor,
     "masks_alone": masks_alone,
     "taylor_masked": taylor_masked,
+    "hessian_trace_in_training": in_training,
     "hessian_trace": partial(probed, cpd.HessianTrace(), 1),
     "hessian_trace_of_a_quarter": partial(probed, cpd.HessianTrace(), 4),
     "gate_hessian": partial(probed, cpd.GateHessian(), 1),

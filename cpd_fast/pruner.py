@@ -13,9 +13,9 @@ from cpd_fast.errors import PlanError, ScoreError
 from cpd_fast.masking import attach_masks
 from cpd_fast.pipeline import comb
 from cpd_fast.schedule import Greedy, OneGroup, plan, plan_cost
-from cpd_fast.score import Context, Criterion, Taylor, quiet
+from cpd_fast.score import Context, Criterion, InTraining, Step, Taylor, quiet
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
-from cpd_fast.wrappers import unwrap
+from cpd_fast.wrappers import ddp_of, unwrap
 
 _STATE_VERSION = 2
 
@@ -29,12 +29,16 @@ class Pruner:
     zero, and what the optimizer does to them is never seen. Channels that are masked stay masked. In distributed
     training every rank has its pruner; scores are averaged over the ranks, so that all remove the same channels.
 
+    HessianTrace needs the loss itself. :meth:`backward` in place of ``loss.backward()`` gives it for one more
+    forward and backward: the gradient of the training step is one end of a finite difference. A closure given to
+    :meth:`step` serves every criterion, in eval mode, for two to three times that.
+
     Args:
         model: The model that is trained; wrappers of DDP and compile are looked through.
         example_inputs: A tensor, tuple or dict for one forward; costs are counted for it.
         target: What may remain at the end.
         criterion: ``Taylor()`` where None. First-order criteria read ``.grad`` at every step; the others (HessianTrace,
-            GroupFisher) call the closure given to :meth:`step` at the end of an interval.
+            GateHessian, GroupFisher) look at the loss, at the end of an interval or as ``probe_every`` says.
         schedule: ``Greedy()`` where None; ``OneGroup()`` is that of the released code.
         ignore: Modules or parameters that keep their shapes; see ``comb``.
         on_unknown: What comb does at an operator without a rule, ``"error"`` or ``"freeze"``.
@@ -46,6 +50,8 @@ class Pruner:
             removals. 0 looks at the last interval alone.
         execution: How masked forwards run; ``"full_width"`` keeps the shapes that hooks on modules see, for losses on
             features. See :func:`cpd_fast.masked`.
+        probe_every: Iterations between two looks of a criterion that needs the loss; 1 looks at all of them. None: one
+            look an interval, at its end.
         options: ``round_to``, ``max_pruning_ratio``, ``min_channels``, ``normalize``, ``per_cost``, ``latency`` of
             :func:`cpd_fast.plan`.
 
@@ -91,11 +97,14 @@ class Pruner:
         graph: ChannelGraph | None = None,
         score_ema: float = 0.0,
         execution: str = "auto",
+        probe_every: int | None = None,
         **options: Any,
     ) -> None:
         if not 0 <= score_ema < 1:
             raise ScoreError(f"score_ema={score_ema}: expected a share of the old scores in [0, 1)")
-        self.model = unwrap(model)
+        if probe_every is not None and probe_every < 1:
+            raise ScoreError(f"probe_every={probe_every}: expected iterations, at least 1, or None")
+        self.model, self._ddp = unwrap(model), ddp_of(model)
         if graph is None:
             graph = comb(self.model, example_inputs, ignore, on_unknown, granularity, conv_groups, protect)
         self.graph = graph
@@ -108,6 +117,8 @@ class Pruner:
         self.iteration = 0
         self._events = 0
         self._options = options
+        self._probe_every = probe_every
+        self._in_training: InTraining | None = None
         # Fail now, not after hours: can any scores reach the target?
         plan(self.graph, {g.name: torch.zeros(g.n_channels) for g in self.graph.groups}, target, **options)
         self._dense = self._dense_costs()
@@ -122,12 +133,76 @@ class Pruner:
         """Whether the last removal has happened."""
         return self._is_over
 
+    def backward(self, closure: Callable[[], Tensor], scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """Run ``closure().backward()``, and where HessianTrace is to look, a second time at moved parameters.
+
+        Parameters, ``.grad``, buffers and random state are afterwards bit for bit those of ``closure().backward()``
+        alone. The curvature is that of the very loss and batch of this iteration, in the mode that the model is in.
+        Call :meth:`step` after it without a closure; gradients may be clipped, averaged or unscaled in between.
+        Several calls before one step accumulate, as gradients do. For first-order criteria this is
+        ``closure().backward()``.
+
+        Args:
+            closure: Returns the training loss (divided where gradients accumulate), computed with the model or its
+                wrapper. It must be a function of the weights and of torch's random numbers alone: draw the batch
+                before. It must not talk to other ranks, except through DDP's wrapper.
+            scaler: Scales the loss; a step that overflows counts for nothing.
+
+        Returns:
+            The loss, detached.
+
+        Raises:
+            ScoreError: If the criterion cannot be had so (GateHessian and GroupFisher look in eval mode, HessianTrace
+                with an exact engine), the loss is not a finite scalar or another one when called again, a scored
+                parameter is frozen or of half precision, or DDP's wrapper was not given to the pruner.
+
+        Example:
+            >>> import cpd_fast as cpd
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+            >>> optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(16, 4)
+            >>> pruner = Pruner(
+            ...     model, x, Target(macs=0.5), cpd.HessianTrace(), Greedy(interval=2, steps=2), probe_every=1
+            ... )
+            >>> while not pruner.done:
+            ...     loss = pruner.backward(lambda: model(x).square().mean())
+            ...     changed = pruner.step()
+            ...     optimizer.step(); optimizer.zero_grad()
+            >>> int(pruner.scores.info["observations"]), pruner.scores.info["engine"]
+            (2, 'finite_difference')
+        """
+        if self.criterion.data == "loss":
+            if self._in_training is None:
+                self._in_training = self.criterion.in_training(self._context)
+            if self._looks:
+                return self._in_training.backward(closure, scaler, self._ddp)
+        loss = closure()
+        (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    @property
+    def _ends(self) -> bool:
+        """Whether the iteration at hand is the last of an interval."""
+        return self._counted % self.schedule.interval == 0
+
+    @property
+    def _looks(self) -> bool:
+        """Whether a criterion that needs the loss looks at the iteration at hand."""
+        if self.done or self._counted < 1:
+            return False
+        return self._ends or (self._probe_every is not None and self._counted % self._probe_every == 0)
+
+    @property
+    def _counted(self) -> int:
+        """Iterations after the warm-up, with the one at hand."""
+        return self.iteration + 1 - self.schedule.warmup
+
     def step(self, closure: Callable[[], Tensor] | None = None) -> bool:
         """Take the gradients of this iteration in; at the end of an interval remove channels.
 
         Args:
             closure: Returns the loss, built with the model, for criteria that need more than ``.grad``; it is called
-                at the end of an interval only, in eval mode, and must give the same loss when called again.
+                at the end of an interval only (see ``probe_every``), in eval mode, and must give the same loss when
+                called again. Not needed after :meth:`backward`.
 
         Returns:
             Whether channels were removed now.
@@ -138,22 +213,16 @@ class Pruner:
         """
         if self.done:
             return False
-        if self.iteration < self.schedule.warmup:
-            self.iteration += 1
-            return False
-        ends = (self.iteration + 1 - self.schedule.warmup) % self.schedule.interval == 0
-        if self.criterion.data == "loss" and closure is None and ends:
-            raise ScoreError(
-                f"{type(self.criterion).__name__} needs the loss itself: call pruner.step(closure) with a function "
-                "that returns the loss, or use criterion=Taylor()"
-            )
-        if self.criterion.data == "gradients":
-            self._observe_gradients()
+        if self._counted >= 1:
+            if self.criterion.data == "gradients":
+                self._observe_gradients()
+            elif self._looks and self.criterion.data == "loss":
+                self._look(closure)
+        ends = self._ends and self._counted >= 1
+        if ends:
+            self._remove()
         self.iteration += 1
-        if not ends:
-            return False
-        self._remove(closure)
-        return True
+        return ends
 
     def _observe_gradients(self) -> None:
         gradients = {name: p.grad for name, p in self._context.params.items()}
@@ -164,15 +233,42 @@ class Pruner:
         # A step that a loss scaler will skip holds inf: it counts for nothing.
         self._moments.add(self.criterion.from_gradients(self._context, gradients), skip_nonfinite=True)
 
-    def _remove(self, closure: Callable[[], Tensor] | None) -> None:
-        if self.criterion.data != "gradients":
-            with quiet(self._context):
-                batch = self._context.moments()
-                for taken, observation in enumerate(self.criterion.observe(self._context, closure), 1):
-                    batch.add(observation)
-                    if self.criterion.enough(batch, taken):
-                        break
-                self._moments.add_batch(batch)
+    def _look(self, closure: Callable[[], Tensor] | None) -> None:
+        """Take observations of the loss in: those of a training step that :meth:`backward` ran, or of a closure.
+
+        Raises:
+            ScoreError: If there is neither, or both.
+        """
+        name = type(self.criterion).__name__
+        if self._in_training is not None and self._in_training.waits:
+            if closure is not None:
+                raise ScoreError(
+                    f"{name}: pruner.backward has looked at this iteration; call pruner.step() without one"
+                )
+            batch = self._context.moments()
+            for observation in self._in_training.take():
+                batch.add(observation, skip_nonfinite=self._in_training.may_overflow)
+            self._moments.add_batch(batch)
+            return
+        if closure is None:
+            raise ScoreError(
+                f"{name} needs the loss itself: call pruner.step(closure) with a function that returns the loss, or "
+                "use criterion=Taylor(); HessianTrace also takes pruner.backward(closure) in place of loss.backward()"
+            )
+        self._observe(closure)
+
+    def _observe(self, closure: Callable[[], Tensor] | None) -> None:
+        with quiet(self._context):
+            batch = self._context.moments()
+            for taken, observation in enumerate(self.criterion.observe(self._context, closure), 1):
+                batch.add(observation)
+                if self.criterion.enough(batch, taken):
+                    break
+            self._moments.add_batch(batch)
+
+    def _remove(self) -> None:
+        if self.criterion.data == "nothing":
+            self._observe(None)
         self._moments.gather()  # ranks must take the same decision
         self._refuse_explosion()
         self.scores = self._averaged(self.criterion.finish(self._context, self._moments))
@@ -260,6 +356,7 @@ class Pruner:
             "ema": dict(self._ema),
             "generator": self._context.generator.get_state(),
             "probes": self._context.probes.state(),
+            "difference": self._context.step and (self._context.step.length, self._context.step.error),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -281,3 +378,5 @@ class Pruner:
         self._ema = dict(state["ema"])
         self._context.generator.set_state(state["generator"])
         self._context.probes.set_state(state["probes"])
+        if state.get("difference") is not None:  # chosen anew it would be another
+            self._context.step = Step(*state["difference"])

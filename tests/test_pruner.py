@@ -89,7 +89,15 @@ def test_compact_in_place():
     assert model.conv1.out_channels < 8 or model.conv2.out_channels < 6
 
 
-@pytest.mark.parametrize("criterion", [Taylor(), HessianTrace(1), Random(torch.Generator().manual_seed(4))], ids=str)
+RESUMED = [
+    Taylor(),
+    HessianTrace(1),
+    HessianTrace(1, engine="finite_difference"),
+    Random(torch.Generator().manual_seed(4)),
+]
+
+
+@pytest.mark.parametrize("criterion", RESUMED, ids=str)
 @pytest.mark.parametrize("stop", [3, 5, 6])
 def test_resumes_bit_for_bit(criterion, stop):
     """Killed in the middle of an interval, at its end, or between: the same plan and the same weights."""
@@ -116,6 +124,7 @@ def test_resumes_bit_for_bit(criterion, stop):
     assert resumed.plan == again.plan and resumed.iteration == stop
     train(third, resumed, last, 9 - stop, first=stop)
     assert resumed.done and resumed.plan == pruner.plan
+    assert all(torch.equal(v, resumed.scores[k]) for k, v in pruner.scores.items())
     for k, v in model.state_dict().items():
         assert torch.equal(v, third.state_dict()[k]), k
 

@@ -1,5 +1,7 @@
 """How important each channel is: second order, first order, or from the weights alone."""
 
+from cpd_fast.score._finite import Step
+from cpd_fast.score._in_training import InTraining
 from cpd_fast.score.criterion import Context, Criterion, quiet
 from cpd_fast.score.gates import GateHessian, GroupFisher
 from cpd_fast.score.gradients import Taylor
@@ -14,8 +16,10 @@ __all__ = [
     "GateHessian",
     "GroupFisher",
     "HessianTrace",
+    "InTraining",
     "Magnitude",
     "Random",
+    "Step",
     "Taylor",
     "merge_scores",
     "quiet",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeVar
@@ -64,7 +64,26 @@ def double_backward_errors(criterion: str) -> Iterator[None]:
         ) from e
 
 
-def exact_if_possible(context: Context, criterion: str, exact: Iterator[_T]) -> Iterator[_T] | None:
+def by_engine(
+    context: Context, criterion: str, asked: str, engines: Mapping[str, Callable[[], Iterator[_T]]]
+) -> Iterator[_T]:
+    """Products by the engine asked for, or that ran before; ``context.engine`` says which and why.
+
+    ``"auto"`` is ``"retained"``, or ``"finite_difference"`` where an operator has no double backward.
+    """
+    engine, why = context.engine or (asked, "asked for")
+    if engine == "auto":
+        exact = _exact_if_possible(context, criterion, engines["retained"]())
+        if exact is not None:
+            yield from exact
+            return
+        assert context.engine is not None
+        engine, why = context.engine
+    context.engine = (engine, why)
+    yield from engines[engine]()
+
+
+def _exact_if_possible(context: Context, criterion: str, exact: Iterator[_T]) -> Iterator[_T] | None:
     """The products by double backward, or None where an operator has none; ``context.engine`` says which and why."""
     assert context.probes.seed is not None  # drawn now: it must not be drawn again
     state = context.probes.state()

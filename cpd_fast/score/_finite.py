@@ -40,13 +40,17 @@ class Differences:
         context: Model and graph.
         parts: The micro-batches of the loss.
         loss_scale: The loss is multiplied by it before the backward pass, the result divided.
+        may_overflow: A loss that is not finite is no error: the products are not finite either.
 
     Raises:
         ScoreError: If a parameter is of half precision.
     """
 
-    def __init__(self, context: Context, parts: Sequence[Part], loss_scale: float = 1.0) -> None:
-        self.context, self.parts, self.loss_scale = context, parts, loss_scale
+    def __init__(
+        self, context: Context, parts: Sequence[Part], loss_scale: float = 1.0, may_overflow: bool = False
+    ) -> None:
+        self.context, self.parts = context, parts
+        self.loss_scale, self.may_overflow = loss_scale, may_overflow
         for name, t in context.params.items():
             if t.dtype not in (torch.float32, torch.float64):
                 raise ScoreError(
@@ -56,7 +60,10 @@ class Differences:
 
     def products(self, probes: Sequence[int], step: float) -> Iterator[Tensor]:
         """``v . (H v)`` summed to pieces ``(n_pieces,)``, for each probe."""
-        before = self._reduced(self.parts, probes)
+        yield from self.from_base(self._reduced(self.parts, probes), probes, step)
+
+    def from_base(self, before: Tensor, probes: Sequence[int], step: float) -> Iterator[Tensor]:
+        """The same, where ``v . g`` is known where the parameters are now: ``(len(probes), n_pieces)``."""
         steps = steps_of(self.context, step)  # once: the parameters are the same after every probe
         for k, probe in enumerate(probes):
             with moved(steps, probe):
@@ -94,39 +101,57 @@ class Differences:
     def _reduced(self, parts: Sequence[Part], probes: Sequence[int]) -> Tensor:
         """``v . g`` summed to pieces, ``(len(probes), n_pieces)``, of the gradient g where the parameters are now."""
         context = self.context
-        layout = context.layout
-        out = torch.zeros(len(probes), layout.n_pieces, dtype=layout.dtype, device=layout.device)
+        out = context.layout.empty(len(probes))
         for part in parts:
-            sums = _Sums(context, probes, out, part.weight / self.loss_scale)
-            hooks = [p.register_hook(partial(sums.take, i)) for i, p in enumerate(context.tensors)]
-            try:
+            sums = Sums(context, probes, out, part.weight / self.loss_scale)
+            with sums.watching():
                 with torch.random.fork_rng(context.cuda_devices):  # the same random numbers every time
-                    loss = checked(part.closure())
+                    loss = checked(part.closure(), finite=not self.may_overflow)
                 found = torch.autograd.grad(loss * self.loss_scale, context.tensors, allow_unused=True)
-            finally:
-                for hook in hooks:
-                    hook.remove()
             context.refuse_unused(found)
-            sums.flush()
         return out
 
 
-class _Sums:
-    """Takes gradients as autograd makes them, and adds ``share * v . g`` to one row of ``out`` a probe."""
+class Sums:
+    """Takes gradients as autograd makes them, and adds ``share * v . g`` to one row of ``out`` a probe.
 
-    def __init__(self, context: Context, probes: Sequence[int], out: Tensor, share: float) -> None:
+    Args:
+        context: Model and graph.
+        probes: Numbers of the probes.
+        out: ``(len(probes), n_pieces)``.
+        share: Factor on the gradients.
+        at_once: Reduce each gradient before autograd goes on, because it may be written over then.
+    """
+
+    def __init__(
+        self, context: Context, probes: Sequence[int], out: Tensor, share: float, at_once: bool = False
+    ) -> None:
         self._context, self._probes, self._out, self._share = context, probes, out, share
+        self._most = 0 if at_once else _WAITING
         self._waiting: dict[int, Tensor] = {}
         self._bytes = 0
         self._zero: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self.count = 0  # of gradients taken
 
-    def take(self, index: int, g: Tensor) -> Tensor:
+    @contextmanager
+    def watching(self, keep: bool = False) -> Iterator[None]:
+        """Take the gradients of the backward pass inside the block; ``keep``: autograd goes on with them, too."""
+        hooks = [p.register_hook(partial(self._take, keep, i)) for i, p in enumerate(self._context.tensors)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._flush()
+
+    def _take(self, keep: bool, index: int, g: Tensor) -> Tensor | None:
         """Hook of parameter number ``index``: what autograd goes on with in place of ``g`` holds no memory."""
+        self.count += 1
         self._waiting[index] = g.detach()
         self._bytes += g.numel() * g.element_size()
-        if self._bytes > _WAITING:
-            self.flush()
-        return self._zeros(g).expand(g.shape)
+        if self._bytes > self._most:
+            self._flush()
+        return None if keep else self._zeros(g).expand(g.shape)
 
     def _zeros(self, like: Tensor) -> Tensor:
         key = (like.dtype, like.device)
@@ -134,7 +159,7 @@ class _Sums:
             self._zero[key] = like.new_zeros(())
         return self._zero[key]
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Reduce what waits."""
         for row, probe in zip(self._out, self._probes, strict=True):
             self._context.layout.reduce_probe(self._waiting, self._context.probes.seed, probe, row, self._share)
@@ -194,8 +219,10 @@ def moved(steps: ReversibleStep, probe: int) -> Iterator[None]:
     """Parameters at ``w + step * v``; restored bit for bit, also when interrupted."""
     try:
         steps.away(probe)
+        torch.clear_autocast_cache()  # below an autocast of the user's, half-precision copies of where they were
         yield
     finally:
+        torch.clear_autocast_cache()
         interrupt: KeyboardInterrupt | None = None
         while True:
             try:

@@ -97,6 +97,10 @@ class Layout:
         self.note_bad(out)
         return out
 
+    def empty(self, rows: int) -> Tensor:
+        """Sums of nothing yet: ``(rows, n_pieces)``."""
+        return torch.zeros(rows, self.n_pieces, dtype=self.dtype, device=self.device)
+
     def add(self, out: Tensor, name: str, value: Tensor, share: float = 1.0) -> None:
         """Add ``share`` times one parameter's values, summed to its pieces, to ``out``."""
         pieces = self._pieces[name]

@@ -21,6 +21,7 @@ from cpd_fast.types import ChannelGraph, PrunePlan, Scores
 
 if TYPE_CHECKING:
     from cpd_fast.score._finite import Step
+    from cpd_fast.score._in_training import InTraining
 
 
 @dataclass
@@ -189,6 +190,17 @@ class Criterion(ABC):
             "pruner.step(closure) with a closure that returns the loss, or use Taylor()"
         )
 
+    def in_training(self, context: Context) -> InTraining:
+        """What runs the backward passes of training with a second one beside each, for ``Pruner.backward``.
+
+        Raises:
+            ScoreError: If this criterion cannot be had so.
+        """
+        raise ScoreError(
+            f"{type(self).__name__} looks at the loss in eval mode and cannot use the gradients of a training step: "
+            "call loss.backward() and pruner.step(closure), or use HessianTrace()"
+        )
+
     def seeded(self) -> torch.Generator | None:
         """The user's generator, where the criterion has one."""
         return getattr(self, "generator", None)
@@ -256,11 +268,11 @@ def first_gradients(
     return grads
 
 
-def checked(loss: Tensor) -> Tensor:
+def checked(loss: Tensor, finite: bool = True) -> Tensor:
     """The loss, if it is one.
 
     Raises:
-        ScoreError: If it is not a finite scalar tensor with a graph.
+        ScoreError: If it is not a scalar tensor with a graph, or not ``finite`` where that is asked for.
     """
     if not isinstance(loss, Tensor):
         raise ScoreError(f"the loss must be a scalar tensor, got {type(loss).__name__}; return the loss from loss_fn")
@@ -271,7 +283,7 @@ def checked(loss: Tensor) -> Tensor:
             "the loss has no graph: it does not depend on any parameter; compute it with this model, outside "
             "torch.no_grad() and without .item() or .detach()"
         )
-    if not isinstance(loss, FakeTensor) and not bool(torch.isfinite(loss.detach()).all()):
+    if finite and not isinstance(loss, FakeTensor) and not bool(torch.isfinite(loss.detach()).all()):
         raise ScoreError(f"the loss is {float(loss.detach()):g}; check the batch for NaN or lower the learning rate")
     return loss.reshape(())
 

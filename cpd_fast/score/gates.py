@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 from cpd_fast.errors import ScoreError
 from cpd_fast.memory import parts_of
 from cpd_fast.score._double import (
+    by_engine,
     double_backward_errors,
     double_differentiable,
-    exact_if_possible,
     refuse_dead_ends,
 )
 from cpd_fast.score._gates import Gates, Marks, Rows
@@ -178,16 +179,9 @@ class GateHessian(Criterion):
 
     def _products(self, context: Context, closure: Closure, samples: int) -> Iterator[dict[str, Tensor]]:
         """``sum_n z . (H z)`` of every channel by group name, for each probe, by the engine that the model admits."""
-        engine, why = context.engine or (self.engine, "asked for")
-        if engine == "auto":
-            exact = exact_if_possible(context, "GateHessian", _retained(self, context, closure, samples))
-            if exact is not None:
-                yield from exact
-                return
-            assert context.engine is not None
-            engine, why = context.engine
-        context.engine = (engine, why)
-        yield from (_retained if engine == "retained" else _moved_gates)(self, context, closure, samples)
+        given = self, context, closure, samples
+        engines = {"retained": partial(_retained, *given), "finite_difference": partial(_moved_gates, *given)}
+        return by_engine(context, "GateHessian", self.engine, engines)
 
     @property
     def is_magnitude(self) -> bool:

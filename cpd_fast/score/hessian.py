@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -14,12 +15,13 @@ from cpd_fast.errors import ScoreError
 from cpd_fast.memory import Part, parts_of
 from cpd_fast.ops import squared_norms
 from cpd_fast.score._double import (
+    by_engine,
     double_backward_errors,
     double_differentiable,
-    exact_if_possible,
     refuse_dead_ends,
 )
 from cpd_fast.score._finite import Differences, Step
+from cpd_fast.score._in_training import InTraining
 from cpd_fast.score._moments import Moments
 from cpd_fast.score.criterion import Closure, Context, Criterion, first_gradients
 
@@ -114,43 +116,50 @@ class HessianTrace(Criterion):
     def observe(self, context: Context, closure: Closure | None) -> Iterator[Tensor]:
         """Yield one observation a probe."""
         assert closure is not None
-        layout = context.layout
-        norms = squared_norms(layout.table, list(context.weights.values()))
-        scale = layout.cells(norms) / (2 * context.elements)
         first = context.probes.next(self.num_probes)
         probes = range(first, first + self.num_probes)
-
-        def channels(pieces: Tensor) -> Tensor:
-            return layout.scaled_channels(pieces, scale)
-
+        channels = _channels(context)
         for pieces in self._products(context, parts_of(closure), probes, channels):
             yield channels(pieces)
+
+    def in_training(self, context: Context) -> InTraining:
+        """Finite differences of the training loss itself, from the gradients that training computes.
+
+        Raises:
+            ScoreError: If an exact engine was asked for, or a relative error to stop at.
+        """
+        if self.engine not in ("auto", "finite_difference") or self.stop is not None:
+            raise ScoreError(
+                "HessianTrace: pruner.backward takes differences of the gradients of a training step, all num_probes "
+                f"of them: use engine='auto' and stop=None (got {self.engine!r}, {self.stop}), or pruner.step(closure)"
+            )
+        context.engine = ("finite_difference", "from the gradient of the training step")
+        return InTraining(
+            context, "HessianTrace", self.num_probes, self.step, lambda pieces: _channels(context)(pieces)
+        )
 
     def _products(
         self, context: Context, parts: Sequence[Part], probes: range, channels: Callable[[Tensor], Tensor]
     ) -> Iterator[Tensor]:
         """``v . (H v)`` summed to pieces for each probe, by the engine that this model and its memory admit."""
-        engine, why = context.engine or (self.engine, "asked for")
-        if engine == "auto":
-            exact = exact_if_possible(context, "HessianTrace", _retained(context, parts, probes, self.loss_scale))
-            if exact is not None:
-                yield from exact
-                return
-            assert context.engine is not None
-            engine, why = context.engine
-        context.engine = (engine, why)
-        if engine == "finite_difference":
-            differences = Differences(context, parts, self.loss_scale)
-            if self.step is not None:
-                context.step = Step(self.step, None)
-            elif context.step is None:
-                context.step = differences.choose(probes[0], channels)
-            yield from differences.products(probes, context.step.length)
-        elif engine == "streaming":
-            for k in probes:
-                yield from _retained(context, parts, range(k, k + 1), self.loss_scale)
-        else:
-            yield from _retained(context, parts, probes, self.loss_scale)
+        engines = {
+            "retained": lambda: _retained(context, parts, probes, self.loss_scale),
+            "streaming": lambda: chain.from_iterable(
+                _retained(context, parts, range(k, k + 1), self.loss_scale) for k in probes
+            ),
+            "finite_difference": lambda: self._differences(context, parts, probes, channels),
+        }
+        return by_engine(context, "HessianTrace", self.engine, engines)
+
+    def _differences(
+        self, context: Context, parts: Sequence[Part], probes: range, channels: Callable[[Tensor], Tensor]
+    ) -> Iterator[Tensor]:
+        differences = Differences(context, parts, self.loss_scale)
+        if self.step is not None:
+            context.step = Step(self.step, None)
+        elif context.step is None:
+            context.step = differences.choose(probes[0], channels)
+        yield from differences.products(probes, context.step.length)
 
     def enough(self, batch: Moments, taken: int) -> bool:
         """Whether the probes of a batch are as precise as ``stop`` asks; looks every ``check_every`` probes only."""
@@ -183,6 +192,14 @@ class HessianTrace(Criterion):
         if self.stop is not None:
             info["relative_error"] = moments.relative_error()
         return info
+
+
+def _channels(context: Context) -> Callable[[Tensor], Tensor]:
+    """Observations by channel, from ``v . (H v)`` summed to pieces, with the weights as they are now."""
+    layout = context.layout
+    norms = squared_norms(layout.table, list(context.weights.values()))
+    scale = layout.cells(norms) / (2 * context.elements)
+    return lambda pieces: layout.scaled_channels(pieces, scale)
 
 
 def _retained(context: Context, parts: Sequence[Part], probes: range, loss_scale: float) -> Iterator[Tensor]:
