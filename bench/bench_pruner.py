@@ -2,7 +2,8 @@
 
 Run: ``python -m bench.bench_pruner [--json FILE] [NETWORK ...]``; ``pytest bench/bench_pruner.py`` checks that every
 provider trains and that masked channels get no gradient. Times are process CPU time on one thread, minima, all of a
-network in one process and in turns. An iteration is zero_grad, forward, backward, step of SGD with momentum.
+network in one process and in turns; ``--providers`` measures some of them anew, against a plain iteration of the same
+run (``over_plain``). An iteration is zero_grad, forward, backward, step of SGD with momentum.
 """
 
 from __future__ import annotations
@@ -117,11 +118,11 @@ PROVIDERS = {
 }
 
 
-def measure(name):
+def measure(name, providers=tuple(PROVIDERS), passes=PASSES):
     model, batch = make(name)
-    loops = {k: build(copy.deepcopy(model), batch) for k, build in PROVIDERS.items()}
+    loops = {k: PROVIDERS[k](copy.deepcopy(model), batch) for k in dict.fromkeys(["plain", *providers])}
     best = dict.fromkeys(loops, float("inf"))
-    for _ in range(PASSES):
+    for _ in range(passes):
         for k, loop in loops.items():
             loop()
             for _ in range(CALLS):
@@ -137,13 +138,19 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--providers", nargs="*", default=list(PROVIDERS), choices=list(PROVIDERS))
+    parser.add_argument("--passes", type=int, default=PASSES)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     results = {"threads": 1, "dtype": "fp32", "torch": torch.__version__, "machine": platform.machine()}
     for name in asked.networks:
         if asked.json and asked.json.exists():
             results |= json.loads(asked.json.read_text())
-        results[name] = measure(name)
+        new, known = measure(name, asked.providers, asked.passes), results.get(name, {})
+        if known:
+            del new["ms"]  # of another run than the plain iteration's; its ratio is what counts
+            new["over_plain"] = known["over_plain"] | new["over_plain"]
+        results[name] = known | new
         print(name, json.dumps(results[name], indent=1), flush=True)
         if asked.json:
             asked.json.write_text(json.dumps(results, indent=1) + "\n")

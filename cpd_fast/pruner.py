@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from cpd_fast.compact import compact
 from cpd_fast.errors import PlanError, ScoreError
 from cpd_fast.masking import attach_masks
+from cpd_fast.memory import Split, parse_bytes
 from cpd_fast.pipeline import comb
 from cpd_fast.schedule import Greedy, OneGroup, plan, plan_cost
-from cpd_fast.score import Context, Criterion, InTraining, Step, Taylor, quiet
+from cpd_fast.score import Context, Criterion, Fitter, InTraining, Step, Taylor, quiet
 from cpd_fast.types import ChannelGraph, PrunePlan, Scores, Target
 from cpd_fast.wrappers import ddp_of, unwrap
 
@@ -119,6 +120,7 @@ class Pruner:
         self._options = options
         self._probe_every = probe_every
         self._in_training: InTraining | None = None
+        self._fitter: Fitter | None = None
         # Fail now, not after hours: can any scores reach the target?
         plan(self.graph, {g.name: torch.zeros(g.n_channels) for g in self.graph.groups}, target, **options)
         self._dense = self._dense_costs()
@@ -195,6 +197,32 @@ class Pruner:
     def _counted(self) -> int:
         """Iterations after the warm-up, with the one at hand."""
         return self.iteration + 1 - self.schedule.warmup
+
+    def divided(
+        self,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        memory_limit: int | str,
+        split: Split | None = None,
+    ) -> Callable[[], Tensor]:
+        """A closure for :meth:`step` over micro-batches, and an engine, with which the look stays within a limit.
+
+        Args:
+            batch: What ``loss_fn`` takes.
+            loss_fn: ``(model, batch) -> scalar loss``, a mean over the batch.
+            memory_limit: As for :func:`cpd_fast.score`; what is chosen is remembered for batches of these shapes.
+            split: As for :func:`cpd_fast.score`.
+
+        Returns:
+            The loss; its scores are those of the undivided batch up to rounding.
+
+        Raises:
+            MemoryLimitError: If nothing fits.
+        """
+        if self._fitter is None or self._fitter.limit != parse_bytes(memory_limit):
+            self._fitter = Fitter(memory_limit, split)
+        with quiet(self._context):
+            return self._fitter.fit(self._context, batch, loss_fn, self.model, self.criterion)[1]
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> bool:
         """Take the gradients of this iteration in; at the end of an interval remove channels.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cpd_fast.errors import PlanError, TrainingError
+from cpd_fast.errors import PlanError
 from cpd_fast.presets import preset
 from cpd_fast.pruner import Pruner
 from cpd_fast.recipes.training import stage_seed
@@ -52,14 +53,9 @@ def prune_in_loop(
 
     Raises:
         PlanError: If the target does not hold after all steps.
-        TrainingError: If the criterion's own forwards would not keep to the memory limit.
+        MemoryLimitError: If the criterion's own forwards do not fit into the memory limit.
     """
     c, target = run.config, run.config.target()
-    if c.preset == "published" and run.machine.is_limited:
-        raise TrainingError(
-            "preset=published: its Hessian probes run on whole batches inside the loop, whatever the memory limit; "
-            "use preset=events with criterion=HessianTrace, which divides them"
-        )
     interval = max(c.prune_steps // c.prune_events, 1)
     settings = preset(c.preset, interval, c.prune_events)
     if isinstance(settings["schedule"], OneGroup):
@@ -73,13 +69,17 @@ def prune_in_loop(
         pruner.load_state_dict(unpack(at.tensors))
         trainer.restore(at.tensors)
     dense, loss_of = plan_cost(graph, None).macs, run.task_loss()
+    divides = bool(c.memory_limit) and pruner.criterion.data == "loss"
     keep = {"plan": pruner.plan.to_json()}
 
     def one(step: int) -> float:
         batch = run.batch("prune", step)
 
         def look() -> None:
-            if not pruner.step(lambda: loss_of(student, batch)):
+            closure: Callable[[], Tensor] = partial(loss_of, student, batch)
+            if divides and not pruner.done:
+                closure = pruner.divided(batch, loss_of, c.memory_limit)
+            if not pruner.step(closure):
                 return
             if not run.events and pruner.scores is not None:
                 write_scores(pruner.scores)

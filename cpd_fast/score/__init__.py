@@ -2,6 +2,7 @@
 
 from cpd_fast.score._finite import Step
 from cpd_fast.score._in_training import InTraining
+from cpd_fast.score._memory import Fitter
 from cpd_fast.score.criterion import Context, Criterion, quiet
 from cpd_fast.score.gates import GateHessian, GroupFisher
 from cpd_fast.score.gradients import Taylor
@@ -13,6 +14,7 @@ __all__ = [
     "BNScale",
     "Context",
     "Criterion",
+    "Fitter",
     "GateHessian",
     "GroupFisher",
     "HessianTrace",

@@ -5,9 +5,9 @@ import signal
 import pytest
 import torch
 
-from cpd_fast import recipes
+from cpd_fast import recipes, store
 from cpd_fast.config import CompressConfig, ConfigError
-from cpd_fast.errors import PlanError, TrainingError
+from cpd_fast.errors import PlanError
 from cpd_fast.recipes import in_loop
 from cpd_fast.recipes.training import Trainer
 from cpd_fast.types import PrunePlan
@@ -82,9 +82,12 @@ def test_too_few_steps_for_the_released_rule(tiny, tmp_path, monkeypatch):
         tiny.run(tmp_path, preset="released", prune_steps=8)
 
 
-def test_probes_of_whole_batches_do_not_go_with_a_limit(tiny, tmp_path):
-    with pytest.raises(TrainingError, match="use preset=events with criterion=HessianTrace"):
-        tiny.run(tmp_path, **HOW["published"], memory_limit="1GiB")
+def test_probes_keep_to_the_limit_and_say_so(tiny, tmp_path):
+    result = tiny.run(tmp_path / "run", **HOW["published"], memory_limit="650KiB", batch_size=32)
+    _, head = store.read_tensors(result.run_dir / "scores.safetensors", "cpd_fast.tensors", 1)
+    assert head["info"]["micro_batch"] < 32
+    assert head["info"]["predicted_peak"] <= head["info"]["memory_limit"] == 650 * 1024
+    assert result.results.student.macs <= 0.5 * result.results.teacher.macs
 
 
 def test_faults_of_the_settings():
