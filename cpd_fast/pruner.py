@@ -125,6 +125,12 @@ class Pruner:
         plan(self.graph, {g.name: torch.zeros(g.n_channels) for g in self.graph.groups}, target, **options)
         self._dense = self._dense_costs()
         self._context = Context(self.model, self.graph, self.criterion.seeded(), self.plan)
+        params = self._context.params
+        self._owners = {
+            g.name: [params[s.param] for s in g.slices if s.produces and s.param in params]
+            for g in self.graph.prunable_groups
+            if any(s.produces and s.param in params for s in g.slices)
+        }
         self._moments = self._context.moments()
         self._ema: dict[str, Tensor] = {}
         self._masks = attach_masks(self.model, self.graph, execution=execution)
@@ -236,8 +242,8 @@ class Pruner:
             Whether channels were removed now.
 
         Raises:
-            ScoreError: If no parameter has a gradient, every gradient of an interval was not finite, or the criterion
-                needs a closure and there is none.
+            ScoreError: If no parameter has a gradient, all that make a group's channels are frozen, every gradient of
+                an interval was not finite, or the criterion needs a closure and there is none.
         """
         if self.done:
             return False
@@ -258,6 +264,13 @@ class Pruner:
             raise ScoreError(
                 "no parameter has a gradient: call pruner.step() after loss.backward(), before zero_grad()"
             )
+        for group, owners in self._owners.items():
+            if not any(p.requires_grad for p in owners):
+                raise ScoreError(
+                    f"group {group}: every parameter that makes its channels is frozen (requires_grad=False), so that "
+                    "its scores would be 0 and its channels go first; leave it out with ignore=, unfreeze it, or use a "
+                    "criterion that looks at the loss itself: HessianTrace() and pruner.step(closure)"
+                )
         # A step that a loss scaler will skip holds inf: it counts for nothing.
         self._moments.add(self.criterion.from_gradients(self._context, gradients), skip_nonfinite=True)
 

@@ -213,6 +213,25 @@ def test_errors():
         Pruner(net(), X, cpd.Target(macs=0.5), BNScale(), Greedy(interval=1)).step()
 
 
+def test_frozen_channels_do_not_go_first():
+    """A frozen stem has no gradients: scored 0 it would be the first to go."""
+    model = net()
+    model.bn1.requires_grad_(False)
+    pruner = Pruner(model, X, cpd.Target(macs=0.5), schedule=Greedy(interval=1, steps=1))
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    assert pruner.step()  # the convolution is trained
+    pruner.remove()
+    model.conv1.requires_grad_(False)
+    for ignored in ((), ("conv1",)):
+        pruner = Pruner(model, X, cpd.Target(macs=0.9), schedule=Greedy(interval=1, steps=1), ignore=ignored)
+        if ignored:
+            assert pruner.step()
+        else:
+            with pytest.raises(ScoreError, match=r"group conv1: every parameter .* is frozen .* out with ignore="):
+                pruner.step()
+        pruner.remove()
+
+
 def test_state_of_another_model():
     pruner = Pruner(net(), X, cpd.Target(macs=0.5))
     other = Pruner(net(make=Grouped), X, cpd.Target(macs=0.5))
