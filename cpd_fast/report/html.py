@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from cpd_fast.report.charts import class_changes, quality_over_training
-from cpd_fast.report.results import Histogram, Results, Side, table
+from cpd_fast.report.results import Histogram, Results, Side, millions, table
 
 PAGE = Path(__file__).with_name("page.css")
 GROUPS = "groups.html"  # in a run folder: the drawing of the groups, a piece of HTML
@@ -98,8 +98,8 @@ def _headline(r: Results) -> str:
         ("mIoU", a.miou, b.miou) if a.miou is not None and b.miou is not None else ("accuracy", a.accuracy, b.accuracy)
     )
     cards = [
-        _card("MACs", f"{b.macs / a.macs:.0%}", f"{a.macs / 1e6:.1f} M to {b.macs / 1e6:.1f} M"),
-        _card("parameters", f"{b.params / a.params:.0%}", f"{a.params / 1e6:.2f} M to {b.params / 1e6:.2f} M"),
+        _card("MACs", f"{b.macs / a.macs:.0%}", f"{millions(a.macs)} to {millions(b.macs)}"),
+        _card("parameters", f"{b.params / a.params:.0%}", f"{millions(a.params, 2)} to {millions(b.params, 2)}"),
     ]
     if a.latency_ms and b.latency_ms:
         cards.append(

@@ -147,6 +147,16 @@ class Results:
             raise FileFormatError(f"{where}: results are incomplete or damaged ({e})") from e
 
 
+def millions(count: int, digits: int = 1) -> str:
+    """A count of MACs or parameters; small ones in full.
+
+    Example:
+        >>> millions(3_028_165, 2), millions(1450, 2)
+        ('3.03 M', '1,450')
+    """
+    return f"{count / 1e6:.{digits}f} M" if count >= 1e5 else f"{count:,}"
+
+
 def table(results: Results) -> list[tuple[str, str, str, str]]:
     """The before/after table: ``(what, before, after, change)`` as text, one row a figure."""
     a, b = results.teacher, results.student
@@ -154,8 +164,8 @@ def table(results: Results) -> list[tuple[str, str, str, str]]:
         ("Parameters", f"{a.params:,}", f"{b.params:,}", _percent(a.params, b.params)),
         (
             f"MACs at {_shape(results.input_shape)}",
-            f"{a.macs / 1e6:.1f} M",
-            f"{b.macs / 1e6:.1f} M",
+            millions(a.macs),
+            millions(b.macs),
             _percent(a.macs, b.macs),
         ),
         (
