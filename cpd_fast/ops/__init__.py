@@ -7,6 +7,7 @@ from cpd_fast.ops._dispatch import explain_backend
 from cpd_fast.ops.channel_kl import channel_kl
 from cpd_fast.ops.channel_sums import ChannelTable, channel_sums
 from cpd_fast.ops.class_kl import class_kl
+from cpd_fast.ops.grouped_conv import grouped_conv2d
 from cpd_fast.ops.hutchinson import ReduceTable, hutchinson_reduce, squared_norms
 from cpd_fast.ops.masked_conv import masked_conv2d, masked_linear
 from cpd_fast.ops.rademacher import fill_rademacher_, perturb_, rademacher
@@ -21,6 +22,7 @@ __all__ = [
     "class_kl",
     "explain_backend",
     "fill_rademacher_",
+    "grouped_conv2d",
     "hutchinson_reduce",
     "masked_conv2d",
     "masked_linear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd_fast.errors import PlanError
+from cpd_fast.ops import grouped_conv2d
 from cpd_fast.prune.picks import Kept, Pick
 from cpd_fast.types import ChannelGraph
 
@@ -203,7 +205,22 @@ class CompactExecution(Execution):
         edits = [
             Edit(n, model.get_submodule(n) if n else model, dict(values)) for n, values in structure.attributes.items()
         ]
-        super().__init__(model, stands, edits)
+        grouped = self._grouped(model, graph, structure)
+        self.grouped = tuple(e.name for e in grouped)
+        super().__init__(model, stands, [*edits, *grouped])
+
+    def _grouped(self, model: nn.Module, graph: ChannelGraph, structure: Structure) -> list[Edit]:
+        """Grouped convolutions that lose channels call the op that picks a kernel for few channels a group."""
+        found = []
+        for name, m in model.named_modules():
+            plain = isinstance(m, nn.Conv2d) and type(m)._conv_forward is nn.Conv2d._conv_forward
+            if not plain or m.groups == 1 or m.padding_mode != "zeros" or "_conv_forward" in vars(m):
+                continue
+            weight = self._kept.get(graph.aliases.get(f"{name}.weight", ""))
+            groups = structure.attributes.get(name, {}).get("groups", m.groups)
+            if weight is not None and max(weight.shape[1], weight.shape[0] // groups) > 1:
+                found.append(Edit(name, m, {"_conv_forward": functools.partial(_conv_forward, m)}))
+        return found
 
     def kept(self, name: str) -> Kept | None:
         """What is kept of a tensor."""
@@ -236,6 +253,10 @@ class CompactExecution(Execution):
         if learns or now is not stand.held or now.is_inference() or now._version != stand.version:
             with torch.no_grad():
                 pick.write(stand.original, now.detach())
+
+
+def _conv_forward(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return grouped_conv2d(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
 
 
 def places_of(model: nn.Module, graph: ChannelGraph, names: Iterable[str]) -> dict[str, list[Place]]:

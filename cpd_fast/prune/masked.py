@@ -140,6 +140,8 @@ class MaskHandle:
             said = f"full width: {self._why}"
         else:
             said = f"compact activations: structure {getattr(self._structures, 'proof', 'given')}"
+            if self._compact.grouped:
+                said += f"; ops.grouped_conv2d picks the kernel of {len(self._compact.grouped)} grouped convolutions"
         return f"{said}; the last forward ran at full width: {self._last}" if self._last else said
 
     # ----------------------------------------------------------------------------------------------------- forwards

@@ -14,6 +14,7 @@ import cpd_fast as cpd
 from cpd_fast.compact import Resizer
 from cpd_fast.compact.resize import _structure
 from cpd_fast.errors import CompactError, PlanError
+from cpd_fast.prune import execution as executions
 from tests.nets import NETS, Residual, informative, relative_error, tensors_of
 
 
@@ -71,6 +72,28 @@ def test_compact_execution_is_what_compaction_returns(net, keep):
         now = vars(module)
         assert all(now[k] is v or now[k] == v for k, v in attributes[name].items() if not isinstance(v, dict))
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(model(x)), tensors_of(dense), strict=True))
+
+
+def test_small_groups_run_the_op_that_picks_their_kernel(monkeypatch):
+    torch.manual_seed(0)
+    model = informative(nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, groups=2), nn.Conv2d(16, 3, 1),
+    ))  # fmt: skip
+    graph = cpd.comb(model, X)
+    plan, calls = plan_of(graph, keep=0.75), []
+    op = executions.grouped_conv2d
+    monkeypatch.setattr(executions, "grouped_conv2d", lambda x, *rest: calls.append(x.shape[1]) or op(x, *rest))
+    m, small = cpd.masked(model, graph, plan, execution="compact"), cpd.compact(model, graph, plan)
+    assert "ops.grouped_conv2d picks the kernel of 1 grouped" in m.explain()
+    out, wanted = m(X), small(X)
+    assert calls == [12] and relative_error(out, wanted) < 1e-5 and "_conv_forward" not in vars(model[3])
+    out.square().sum().backward()
+    small(X).square().sum().backward()
+    gradient = model[3].weight.grad[kept(graph, plan, "3.weight")]
+    torch.testing.assert_close(gradient, small[3].weight.grad.flatten(), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(torch.jit.trace(m, X, check_trace=False)(X), wanted)
 
 
 SLOW = pytest.mark.slow
