@@ -10,6 +10,7 @@ from cpd_fast.ops.class_kl import class_kl
 from cpd_fast.ops.grouped_conv import grouped_conv2d
 from cpd_fast.ops.hutchinson import ReduceTable, hutchinson_reduce, squared_norms
 from cpd_fast.ops.masked_conv import masked_conv2d, masked_linear
+from cpd_fast.ops.masked_conv_nd import masked_conv1d, masked_conv3d
 from cpd_fast.ops.rademacher import fill_rademacher_, perturb_, rademacher
 from cpd_fast.ops.reversible import ReversibleStep
 
@@ -24,7 +25,9 @@ __all__ = [
     "fill_rademacher_",
     "grouped_conv2d",
     "hutchinson_reduce",
+    "masked_conv1d",
     "masked_conv2d",
+    "masked_conv3d",
     "masked_linear",
     "perturb_",
     "rademacher",

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cpd_fast.errors import ShapeError
+from cpd_fast.ops import _dispatch
 
 Keep = Tensor | Sequence[int] | None
 Pair = tuple[int, int]
@@ -158,6 +159,24 @@ def kept(op: str, name: str, keep: Keep, channels: int, device: torch.device) ->
     return _all_as_none(found, channels)
 
 
+def why_not_compact(*tensors: Tensor) -> str | None:
+    """Why bodies whose shapes depend on the masks cannot run."""
+    if _dispatch.is_watched(*tensors):
+        return "has shapes that depend on the masks: compilers and tensor subclasses get full width"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "does not run inside torch.func transforms (vmap, grad, jvp)"
+    return None
+
+
+def check_lists(op: str, keeps: dict[str, tuple[Keep, int]], x: Tensor, *tensors: Tensor) -> None:
+    """Check lists and their channels for the reference: values only where nobody traces."""
+    for name, (keep, channels) in keeps.items():
+        if why_not_compact(x, *tensors) is None:
+            kept(op, name, keep, channels, x.device)
+        elif isinstance(keep, Tensor):
+            check_keep(op, name, keep, channels, x.device)
+
+
 def check_keep(op: str, name: str, keep: Tensor, channels: int, device: torch.device) -> None:
     if keep.dtype == torch.bool and keep.shape != (channels,):
         raise ShapeError(f"{op}: {name} as a mask must have shape ({channels},), got {tuple(keep.shape)}")
@@ -192,7 +211,7 @@ def check_input(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, channel
         ShapeError: If the input, the bias or a device does not fit the weight.
     """
     expected = channels if live is None else live
-    dim = 1 if op == "masked_conv2d" else -1
+    dim = -1 if op == "masked_linear" else 1
     if x.shape[dim] != expected:
         what = "channels" if live is None else "live channels (compact_input=True)"
         raise ShapeError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from cpd_fast.errors import BackendError
 from cpd_fast.ops import _direct, _dispatch
+from cpd_fast.ops._masked_channels import why_not_compact
 from cpd_fast.ops.elements import is_channels_last
 
 BODIES = {
@@ -23,15 +23,6 @@ DIRECT = ("cuda", "cpu", "triton")
 Reasons = dict[str, str | None]
 Verdict = tuple[Reasons, Reasons]  # why bodies cannot run; why those that can had better not
 LATER = "comes later in the order"
-
-
-def why_not_compact(*tensors: Tensor) -> str | None:
-    """Why bodies whose shapes depend on the masks cannot run."""
-    if _dispatch.is_watched(*tensors):
-        return "has shapes that depend on the masks: compilers and tensor subclasses get full width"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "does not run inside torch.func transforms (vmap, grad, jvp)"
-    return None
 
 
 class Call(NamedTuple):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpd_fast.ops._masked_channels import Geometry, Keep
+from cpd_fast.ops._masked_channels import Keep
 
 
 def _alive(keep: Keep, channels: int, x: Tensor) -> Tensor | None:
@@ -27,24 +28,25 @@ def _zero_where_dead(x: Tensor, alive: Tensor | None, dim: int) -> Tensor:
     return torch.where(alive.reshape(shape), x, 0.0)
 
 
-def masked_conv2d_reference(
+def masked_conv_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     out_keep: Keep,
     in_keep: Keep,
-    geometry: Geometry,
+    place: Sequence[Any],
     groups: int,
 ) -> Tensor:
-    """At full width: what is masked is zero before and after an ordinary convolution."""
+    """At full width: what is masked is zero before and after an ordinary convolution; ``place``: stride to dilation."""
     out_channels, per_in = weight.shape[:2]
     alive_out, alive_in = _alive(out_keep, out_channels, x), _alive(in_keep, per_in * groups, x)
     if alive_in is not None:
         columns = alive_in.reshape(groups, 1, per_in).expand(-1, out_channels // groups, -1)
-        weight = torch.where(columns.reshape(out_channels, per_in, 1, 1), weight, 0.0)
+        weight = torch.where(columns.reshape(out_channels, per_in, *[1] * (weight.dim() - 2)), weight, 0.0)
     x, weight = _zero_where_dead(x, alive_in, 1), _zero_where_dead(weight, alive_out, 0)
     bias = None if bias is None else _zero_where_dead(bias, alive_out, 0)
-    y = F.conv2d(x, weight, bias, *geometry, groups)
+    convolve: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
+    y = convolve(x, weight, bias, *place, groups)
     return _zero_where_dead(y, alive_out, 1)
 
 

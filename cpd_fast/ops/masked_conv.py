@@ -18,22 +18,13 @@ from torch import Tensor
 from cpd_fast.errors import ShapeError
 from cpd_fast.ops import _depthwise, _dispatch
 from cpd_fast.ops._direct import direct_conv2d
-from cpd_fast.ops._masked_channels import Geometry, Keep, Pair, channels_of, check_input, check_keep, kept, pair_of
-from cpd_fast.ops._masked_choice import Call, choose, explain, linear_verdict, why_not_compact
+from cpd_fast.ops._masked_channels import Geometry, Keep, Pair, channels_of, check_input, check_lists, kept, pair_of
+from cpd_fast.ops._masked_choice import Call, choose, explain, linear_verdict
 from cpd_fast.ops._masked_compact import compact_conv2d, compact_linear
-from cpd_fast.ops._masked_reference import masked_conv2d_reference, masked_linear_reference, narrow, widen
+from cpd_fast.ops._masked_reference import masked_conv_reference, masked_linear_reference, narrow, widen
 
 for _name in ("masked_conv2d", "masked_linear"):
     _dispatch.EXPLAINERS[_name] = explain
-
-
-def _check_lists(op: str, keeps: dict[str, tuple[Keep, int]], x: Tensor, *tensors: Tensor) -> None:
-    """Check the lists for the reference: their values only where nobody traces."""
-    for name, (keep, channels) in keeps.items():
-        if why_not_compact(x, *tensors) is None:
-            kept(op, name, keep, channels, x.device)
-        elif isinstance(keep, Tensor):
-            check_keep(op, name, keep, channels, x.device)
 
 
 def masked_conv2d(
@@ -115,10 +106,10 @@ def masked_conv2d(
         if chosen == "cpu" and _depthwise.is_better(x, weight, groups):
             return _depthwise.depthwise_conv2d(x, weight, bias, channels, geometry)
         return direct_conv2d(x, weight, bias, channels, geometry, chosen)
-    _check_lists(op, {"out_keep": (out_keep, weight.shape[0]), "in_keep": (in_keep, in_channels)}, *tensors)
+    check_lists(op, {"out_keep": (out_keep, weight.shape[0]), "in_keep": (in_keep, in_channels)}, *tensors)
     x = widen(x, 1, in_keep, in_channels) if compact_input else x
     check_input(op, x, weight, bias, in_channels, None)
-    y = masked_conv2d_reference(x, weight, bias, out_keep, in_keep, geometry, groups)
+    y = masked_conv_reference(x, weight, bias, out_keep, in_keep, geometry, groups)
     return narrow(y, 1, out_keep) if compact_output else y
 
 
@@ -184,7 +175,7 @@ def masked_linear(
     out_features, in_features = weight.shape
     tensors = [t for t in (x, weight, bias) if t is not None]
     if choose(op, backend, linear_verdict, *tensors) == "reference":
-        _check_lists(op, {"out_keep": (out_keep, out_features), "in_keep": (in_keep, in_features)}, *tensors)
+        check_lists(op, {"out_keep": (out_keep, out_features), "in_keep": (in_keep, in_features)}, *tensors)
         x = widen(x, -1, in_keep, in_features) if compact_input else x
         check_input(op, x, weight, bias, in_features, None)
         y = masked_linear_reference(x, weight, bias, out_keep, in_keep)
