@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import weakref
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,9 @@ class Hold:
         self._values: dict[int, list[Tensor]] = {}
         self._stale: dict[int, list[Pick]] = {}  # masked by an earlier plan: state that is to be dropped
         self._stepping: set[int] = set()  # parameters of an optimizer that is in its step
-        me = weakref.ref(self)
-        hooks = (
-            register_optimizer_step_pre_hook(lambda o, *_: _call(me, "_before", o)),
-            register_optimizer_step_post_hook(lambda o, *_: _call(me, "_after", o)),
-        )
-        self._remove = weakref.finalize(self, _remove, hooks)
+        self._key = next(_keys)
+        _holds[self._key] = self
+        _watch_optimizers()
 
     def update(self, masked: Mapping[str, tuple[Tensor, Kept]]) -> None:
         """Masks have moved: parameter and what is kept of it, by name."""
@@ -46,7 +44,7 @@ class Hold:
 
     def remove(self) -> None:
         """Let optimizers do what they like."""
-        self._remove()
+        _holds.pop(self._key, None)
 
     def _parts(self, p: Tensor) -> list[Pick]:
         if id(p) not in self._made:
@@ -81,12 +79,18 @@ class Hold:
                     part.write(p, value)
 
 
-def _call(me: Any, method: str, optimizer: Optimizer) -> None:
-    hold = me()
-    if hold is not None:
+# The hooks stay once they are there: to take one off when a Hold is collected, at any time, would change the
+# dictionary that a step may be walking through.
+_keys = itertools.count()
+_holds: weakref.WeakValueDictionary[int, Hold] = weakref.WeakValueDictionary()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(lambda optimizer, *_: _call("_before", optimizer))
+    register_optimizer_step_post_hook(lambda optimizer, *_: _call("_after", optimizer))
+
+
+def _call(method: str, optimizer: Optimizer) -> None:
+    for hold in list(_holds.values()):
         getattr(hold, method)(optimizer)
-
-
-def _remove(hooks: tuple[Any, ...]) -> None:
-    for hook in hooks:
-        hook.remove()

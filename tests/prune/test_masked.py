@@ -1,6 +1,7 @@
 """Compact execution of masked models: exact, reversible, and at home in training."""
 
 import copy
+import gc
 import socket
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 import cpd_fast as cpd
@@ -252,6 +254,19 @@ def test_optimizers_do_not_revive_masked_weights(make, execution, regrow):
     gone = ~kept(graph, plan, name)
     steps(1)
     assert not torch.equal(model.get_parameter(name)[gone], before[name][gone])
+
+
+def test_masks_that_are_collected_within_a_step_do_not_disturb_it():
+    model = convnet()
+    graph = cpd.comb(model, X)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    gone = [cpd.masked(model, graph, plan_of(graph))]
+    hook = register_optimizer_step_post_hook(lambda *_: (gone.clear(), gc.collect()))
+    last = cpd.masked(model, graph, plan_of(graph))
+    model(X).sum().backward()
+    optimizer.step()
+    hook.remove()
+    assert not gone and last.plan
 
 
 def test_masks_that_move_inside_a_step_hold_from_there_on():
