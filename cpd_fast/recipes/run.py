@@ -28,7 +28,7 @@ from cpd_fast.recipes.evaluate import evaluate, reestimate_batch_norm
 from cpd_fast.recipes.outcome import finish
 from cpd_fast.recipes.progress import StopRequest, Talk
 from cpd_fast.recipes.rounds import PRUNED, prune_in_rounds
-from cpd_fast.recipes.run_folder import CHOICE, RunFolder
+from cpd_fast.recipes.run_folder import CHECKPOINT, CHOICE, RunFolder
 from cpd_fast.recipes.target import check_target
 from cpd_fast.recipes.tasks import Task, builtin, default_config
 from cpd_fast.recipes.training import Machine, Trainer, adamw, advance_bar, batch_of, listen, one_cycle, stage_seed
@@ -100,9 +100,11 @@ def run_recipe(
             try:
                 return run.go()
             except KeyboardInterrupt:
-                voice.say(
-                    f"\nStopped. The checkpoint is in {folder.path}; run the same command again to continue from there."
-                )
+                if (folder.path / CHECKPOINT).exists():
+                    said = f"The checkpoint is in {folder.path}; run the same command again to continue from there."
+                else:
+                    said = "There is no checkpoint yet; the same command begins anew."
+                voice.say(f"\nStopped. {said}")
                 raise
 
 

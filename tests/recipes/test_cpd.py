@@ -103,6 +103,16 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_resume(tiny, tmp_path, monkey
     tiny.run(tmp_path)
 
 
+def test_ctrl_c_before_the_first_step_promises_no_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+    def interrupted(_run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Run, "go", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recipes.cpd(tiny.classification(), run_dir=tmp_path, **tiny.SETTINGS)
+    assert "There is no checkpoint yet" in " ".join(capsys.readouterr().err.split())
+
+
 def settings_of(folder):
     import json
 
