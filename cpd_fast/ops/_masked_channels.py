@@ -168,6 +168,16 @@ def why_not_compact(*tensors: Tensor) -> str | None:
     return None
 
 
+def check_groups(op: str, weight: Tensor, groups: int) -> None:
+    """Check that the output channels divide among the groups.
+
+    Raises:
+        ShapeError: If they do not.
+    """
+    if groups < 1 or weight.shape[0] % groups:
+        raise ShapeError(f"{op}: groups={groups} does not divide {weight.shape[0]} output channels")
+
+
 def check_lists(op: str, keeps: dict[str, tuple[Keep, int]], x: Tensor, *tensors: Tensor) -> None:
     """Check lists and their channels for the reference: values only where nobody traces."""
     for name, (keep, channels) in keeps.items():

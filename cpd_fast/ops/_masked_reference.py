@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpd_fast.ops._masked_channels import Keep
+from cpd_fast.ops._masked_channels import Keep, check_input, check_lists
 
 
 def _alive(keep: Keep, channels: int, x: Tensor) -> Tensor | None:
@@ -48,6 +48,32 @@ def masked_conv_reference(
     convolve: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
     y = convolve(x, weight, bias, *place, groups)
     return _zero_where_dead(y, alive_out, 1)
+
+
+def checked_conv_reference(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_keep: Keep,
+    in_keep: Keep,
+    place: Sequence[Any],
+    groups: int,
+    compact_input: bool,
+    compact_output: bool,
+) -> Tensor:
+    """Check what is given, then the same, from and to live channels where they are asked for.
+
+    Raises:
+        ShapeError: If shapes, devices or channel lists do not fit.
+    """
+    channels = weight.shape[1] * groups
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    check_lists(op, {"out_keep": (out_keep, weight.shape[0]), "in_keep": (in_keep, channels)}, *tensors)
+    x = widen(x, 1, in_keep, channels) if compact_input else x
+    check_input(op, x, weight, bias, channels, None)
+    y = masked_conv_reference(x, weight, bias, out_keep, in_keep, place, groups)
+    return narrow(y, 1, out_keep) if compact_output else y
 
 
 def masked_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, out_keep: Keep, in_keep: Keep) -> Tensor:

@@ -18,10 +18,20 @@ from torch import Tensor
 from cpd_fast.errors import ShapeError
 from cpd_fast.ops import _depthwise, _dispatch
 from cpd_fast.ops._direct import direct_conv2d
-from cpd_fast.ops._masked_channels import Geometry, Keep, Pair, channels_of, check_input, check_lists, kept, pair_of
+from cpd_fast.ops._masked_channels import (
+    Geometry,
+    Keep,
+    Pair,
+    channels_of,
+    check_groups,
+    check_input,
+    check_lists,
+    kept,
+    pair_of,
+)
 from cpd_fast.ops._masked_choice import Call, choose, explain, linear_verdict
 from cpd_fast.ops._masked_compact import compact_conv2d, compact_linear
-from cpd_fast.ops._masked_reference import masked_conv_reference, masked_linear_reference, narrow, widen
+from cpd_fast.ops._masked_reference import checked_conv_reference, masked_linear_reference, narrow, widen
 
 for _name in ("masked_conv2d", "masked_linear"):
     _dispatch.EXPLAINERS[_name] = explain
@@ -81,8 +91,7 @@ def masked_conv2d(
     op = "masked_conv2d"
     if x.dim() != 4 or weight.dim() != 4:
         raise ShapeError(f"{op}: expected input (N, C, H, W) and weight of 4 dims, got {x.dim()} and {weight.dim()}")
-    if groups < 1 or weight.shape[0] % groups:
-        raise ShapeError(f"{op}: groups={groups} does not divide {weight.shape[0]} output channels")
+    check_groups(op, weight, groups)
     in_channels = weight.shape[1] * groups
     x, padding = _explicit_padding(op, x, weight, stride, padding, dilation)
     geometry = Geometry(pair_of(op, "stride", stride, 1), padding, pair_of(op, "dilation", dilation, 1))
@@ -106,11 +115,9 @@ def masked_conv2d(
         if chosen == "cpu" and _depthwise.is_better(x, weight, groups):
             return _depthwise.depthwise_conv2d(x, weight, bias, channels, geometry)
         return direct_conv2d(x, weight, bias, channels, geometry, chosen)
-    check_lists(op, {"out_keep": (out_keep, weight.shape[0]), "in_keep": (in_keep, in_channels)}, *tensors)
-    x = widen(x, 1, in_keep, in_channels) if compact_input else x
-    check_input(op, x, weight, bias, in_channels, None)
-    y = masked_conv_reference(x, weight, bias, out_keep, in_keep, geometry, groups)
-    return narrow(y, 1, out_keep) if compact_output else y
+    return checked_conv_reference(
+        op, x, weight, bias, out_keep, in_keep, geometry, groups, compact_input, compact_output
+    )
 
 
 def _explicit_padding(

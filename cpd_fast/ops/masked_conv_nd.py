@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cpd_fast.errors import BackendError, ShapeError
 from cpd_fast.ops import _dispatch
-from cpd_fast.ops._masked_channels import Keep, check_input, check_lists
-from cpd_fast.ops._masked_reference import masked_conv_reference, narrow, widen
+from cpd_fast.ops._masked_channels import Keep, check_groups
+from cpd_fast.ops._masked_reference import checked_conv_reference
 
 _SIZES = {1: "L", 3: "D, H, W"}
 
@@ -130,16 +130,10 @@ def _masked_conv(
             f"{op}: expected input (N, C, {_SIZES[rank]}) and weight of {rank + 2} dims, got {x.dim()} and "
             f"{weight.dim()}"
         )
-    groups = place[3]
-    if groups < 1 or weight.shape[0] % groups:
-        raise ShapeError(f"{op}: groups={groups} does not divide {weight.shape[0]} output channels")
-    channels = weight.shape[1] * groups
-    tensors = [t for t in (x, weight, bias) if t is not None]
-    check_lists(op, {"out_keep": (out_keep, weight.shape[0]), "in_keep": (in_keep, channels)}, *tensors)
-    x = widen(x, 1, in_keep, channels) if compact_input else x
-    check_input(op, x, weight, bias, channels, None)
-    y = masked_conv_reference(x, weight, bias, out_keep, in_keep, place[:3], groups)
-    return narrow(y, 1, out_keep) if compact_output else y
+    check_groups(op, weight, place[3])
+    return checked_conv_reference(
+        op, x, weight, bias, out_keep, in_keep, place[:3], place[3], compact_input, compact_output
+    )
 
 
 def _explain(op: str, *_: Any, **__: Any) -> str:

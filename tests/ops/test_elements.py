@@ -32,7 +32,7 @@ def body(request, monkeypatch):
         yield
         return
     if isinstance(NATIVE, str) or request.param not in NATIVE.supported_isas():
-        pytest.skip("not on this machine")
+        pytest.skip(f"no {request.param} here")
     before = NATIVE.current_isa()
     NATIVE.set_isa(request.param)
     yield
