@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,7 @@ def command(
             html.write_text(render_groups(graph, model.removeprefix("timm/")))
         except OSError as e:
             raise RunFolderError(f"{html} cannot be written: {e.strerror}; choose a file you may write") from e
+        print(f"drawn in {html.resolve()}", file=sys.stderr)
     if json:
         costs = {"parameters": cost.params, "macs": cost.macs, "activation_bytes": cost.activation_bytes}
         print(json_text.dumps({"model": model} | costs | graph.as_dict(), indent=1))
@@ -67,5 +69,3 @@ def command(
     print(graph)
     dims = "x".join(map(str, shape))
     print(f"\n{cost.params:,} parameters, {cost.macs:,} MACs, {cost.activation_bytes:,} activation bytes at {dims}")
-    if html is not None:
-        print(f"drawn in {html}")

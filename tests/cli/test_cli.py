@@ -57,7 +57,10 @@ def test_comb_explains_and_gives_json_and_a_drawing(run, tmp_path):
     doc = json.loads(out)
     assert code == 0 and doc["parameters"] > 1000
     assert any(g["reason"] == "of the first layer, which is protected" for g in doc["groups"])
-    assert page.read_text().startswith("<!doctype html>")
+    assert page.read_text().startswith("<!doctype html>") and err == f"drawn in {page}"
+    page.unlink()
+    code, out, err = run("comb", "fashion-mnist", "--explain", "stem.0.weight", "--html", str(page))
+    assert code == 0 and out.startswith("stem.0.weight (") and err == f"drawn in {page}" and page.is_file()
     code, _, err = run("comb", "fashion-mnist", "--html", str(tmp_path / "no" / "page.html"))
     assert code == 1 and "cannot be written" in err
 

@@ -1,13 +1,11 @@
 """A task of a second, and a process that dies in the middle of it: ``tiny.py RUN_DIR WRITE_TO_DIE_AT NAME=N``.
 
-``tiny.py serve`` does it again and again: see :func:`serve`.
+``python -m tests.recipes.tiny serve`` does it again and again: see ``tests/forks.py``.
 """
 
-import json
 import os
 import signal
 import sys
-import traceback
 from unittest import mock
 
 import torch
@@ -72,31 +70,16 @@ def die_at_write(die_at):
     os.replace = dying_replace
 
 
-def serve():
-    """Run what stdin asks for, JSON lines of folder, die_at and settings, each in a fork; stdout tells how each ended.
-
-    A fork is far cheaper than a new Python. This process never trains: autograd's threads do not survive a fork.
-    """
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            os.dup2(2, 1)
-            try:
-                die_at_write(asked["die_at"])
-                run(asked["folder"], **asked["settings"])
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+def dying_run(folder, die_at, **settings):
+    die_at_write(die_at)
+    run(folder, **settings)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["serve"]:
-        serve()
-        sys.exit()
+        from tests.forks import serve
+
+        sys.exit(serve(dying_run))
     die_at_write(int(sys.argv[2]))
     try:
         run(sys.argv[1], quiet=False, **{name: int(n) for name, _, n in (a.partition("=") for a in sys.argv[3:])})

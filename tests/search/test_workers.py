@@ -4,41 +4,27 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
-from pathlib import Path
 
 import pytest
 
+from tests.forks import ROOT, server
 from tests.search import worker
 
 pytest.importorskip("optuna")
-ROOT = Path(__file__).parents[2]
 
 
-def in_forks(*jobs):
-    """Run every job in a process of its own; returns how each ended: its exit code, or minus the signal."""
-    children = []
-    for job in jobs:
-        child = os.fork()
-        if child == 0:
-            try:
-                job()
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children]
+@pytest.fixture(scope="module")
+def in_forks():
+    """``in_forks({"storage": ..., "log": ...}, ...)``: every worker in a process of its own; how each ended."""
+    with server("tests.search.worker") as ask:
+        yield ask
 
 
-def test_three_workers_one_killed(tmp_path):
+def test_three_workers_one_killed(in_forks, tmp_path):
     storage, log = str(tmp_path / "s.db"), tmp_path / "log"
-    jobs = [
-        lambda: worker.work(storage, log, pause=0.5),  # slow, so that the one in between gets to its second candidate
-        lambda: worker.work(storage, log, die_at=2),
-        lambda: worker.work(storage, log, pause=0.5),
-    ]
-    assert in_forks(*jobs) == [0, -signal.SIGKILL, 0]
+    job = {"storage": storage, "log": str(log)}
+    slow = {**job, "pause": 0.5}  # so that the one in between gets to its second candidate
+    assert in_forks(slow, {**job, "die_at": 2}, slow) == [0, -signal.SIGKILL, 0]
     found = worker.work(storage, log)  # finds it finished
     assert [c.number for c in found.candidates] == sorted({c.number for c in found.candidates})
     assert len(found.candidates) == worker.N and all(c.state == "done" for c in found.candidates)
@@ -49,18 +35,18 @@ def test_three_workers_one_killed(tmp_path):
     assert len({c.worker for c in found.candidates}) >= 2
 
 
-def test_a_killed_search_goes_on_at_once_when_it_is_alone(tmp_path):
+def test_a_killed_search_goes_on_at_once_when_it_is_alone(in_forks, tmp_path):
     storage, log = str(tmp_path / "s.db"), tmp_path / "log"
-    assert in_forks(lambda: worker.work(storage, log, die_at=3, heartbeat_s=1000)) == [-signal.SIGKILL]
+    assert in_forks({"storage": storage, "log": str(log), "die_at": 3, "heartbeat_s": 1000}) == [-signal.SIGKILL]
     found = worker.work(storage, log, heartbeat_s=1000, alone=True)
     assert [c.value for c in found.candidates] == [c.value for c in worker.work(None, os.devnull).candidates]
     assert len(log.read_text().splitlines()) == worker.N + 1
 
 
-def test_a_candidate_that_kills_every_worker_is_given_up(tmp_path):
+def test_a_candidate_that_kills_every_worker_is_given_up(in_forks, tmp_path):
     storage, log = str(tmp_path / "s.db"), tmp_path / "log"
     for _ in range(4):
-        assert in_forks(lambda: worker.work(storage, log, die_at=1, alone=True)) == [-signal.SIGKILL]
+        assert in_forks({"storage": storage, "log": str(log), "die_at": 1, "alone": True}) == [-signal.SIGKILL]
     found = worker.work(storage, log, alone=True)
     assert found.failed[0].number == 0 and found.failed[0].error == "its worker died each time"
     assert len(found.candidates) == worker.N and len(found.failed) == 1

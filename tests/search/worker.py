@@ -1,4 +1,4 @@
-"""A worker of a search: ``worker.py STORAGE LOG [NUMBER]``; logs every evaluation; dies at its NUMBER-th by kill -9."""
+"""A worker of a search that logs its evaluations; ``serve``: many, in forks; ``STORAGE OUT``: a rank under torchrun."""
 
 import os
 import signal
@@ -8,12 +8,14 @@ import time
 import torch
 
 import cpd_fast as cpd
+from tests.forks import serve
 from tests.search.nets import output_variance, setting
 
 N = 12
 
 
 def work(storage, log, die_at=0, pause=0.0, **options):
+    """Search; at the ``die_at``-th evaluation the process dies by kill -9."""
     torch.set_num_threads(1)
     net, graph, calibration = setting()
     seen = 0
@@ -44,4 +46,4 @@ def ranks(storage, out):
 
 
 if __name__ == "__main__":
-    ranks(*sys.argv[1:])
+    serve(work) if sys.argv[1:] == ["serve"] else ranks(*sys.argv[1:])
