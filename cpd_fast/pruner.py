@@ -37,7 +37,7 @@ class Pruner:
     Args:
         model: The model that is trained; wrappers of DDP and compile are looked through.
         example_inputs: A tensor, tuple or dict for one forward; costs are counted for it.
-        target: What may remain at the end.
+        target: What may remain at the end. A latency is one that the option ``latency=cpd.LatencyTable(...)`` predicts.
         criterion: ``Taylor()`` where None. First-order criteria read ``.grad`` at every step; the others (HessianTrace,
             GateHessian, GroupFisher) look at the loss, at the end of an interval or as ``probe_every`` says.
         schedule: ``Greedy()`` where None; ``OneGroup()`` is that of the released code.

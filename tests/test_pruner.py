@@ -194,14 +194,48 @@ def test_an_interval_without_finite_gradients_names_the_parameter():
         pruner.step()
 
 
+@pytest.mark.parametrize(
+    "schedule", [Greedy(interval=1, steps=3), cpd.OneGroup(interval=1)], ids=["greedy", "one group"]
+)
+def test_a_latency_by_a_table_and_measured_afterwards(schedule):
+    """On a machine where channels bring less than the table says: the plan goes on from the pruner's."""
+    model = net()
+    graph = cpd.comb(model, X)
+    at_work = lambda layer: layer.c_in * layer.c_out / 100  # noqa: E731
+    table = cpd.LatencyTable(model, graph, X, "eager", 1, cache=False, measure=at_work, dense_ms=4.0)
+    pruner = Pruner(model, X, cpd.Target(latency_ms=0.8), schedule=schedule, graph=graph, latency=table)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    told = [4.0]
+    while not pruner.done:
+        train(model, pruner, optimizer, 1)
+        told.append(table(pruner.plan))
+    assert told == sorted(told, reverse=True) and told[-1] <= 3.2
+
+    pruner.remove()  # the model is whole again
+    dense = plan_cost(graph).macs
+
+    def measure(small):
+        return 4.0, 4.0 * (0.4 + 0.6 * cpd.cost(small, X).macs / dense)
+
+    found = cpd.plan_for_latency(model, graph, pruner.scores, 0.8, X, "eager", 1, table, measure, start=pruner.plan)
+    assert abs(found.off) <= 0.05
+    assert not (graph.alive(found.plan) & ~graph.alive(pruner.plan)).any() and found.plan != pruner.plan
+    small = cpd.compact(model, graph, found.plan, optimizer=optimizer)
+    assert measure(small)[1] == pytest.approx(found.measured_ms)
+
+
 def test_errors():
     model = net()
     with pytest.raises(PlanError, match="macs=0.001 cannot be reached"):
         Pruner(model, X, cpd.Target(macs=0.001))
     with pytest.raises(PlanError, match="nothing is prunable"):
         Pruner(model, X, cpd.Target(macs=0.5), ignore=["conv1", "conv2"])
-    with pytest.raises(PlanError, match="no latency table"):
+    with pytest.raises(
+        PlanError, match=r"no latency table; pass latency=cpd.LatencyTable\(model, graph, example_inputs"
+    ):
         Pruner(model, X, cpd.Target(latency_ms=0.5))
+    with pytest.raises(PlanError, match="latency_ms=0.01 cannot be reached"):
+        Pruner(model, X, cpd.Target(latency_ms=0.01), latency=lambda plan: 3.0)
     pruner = Pruner(model, X, cpd.Target(macs=0.5))
     with pytest.raises(ScoreError, match="no parameter has a gradient: call pruner.step.. after loss.backward"):
         pruner.step()

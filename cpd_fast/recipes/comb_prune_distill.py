@@ -61,7 +61,8 @@ def cpd(
 
     Args:
         task: ``"climate"``, ``"fashion-mnist"`` or a :class:`Task` of your own.
-        target: Fraction of the MACs that remains, or a ``Target`` of fractions and of a latency, which is measured.
+        target: Fraction of the MACs that remains, or a ``Target`` of fractions and of a latency, which is measured
+            (``preset="released"`` refuses a latency).
         run_dir: Folder of the run: created, or resumed if it was made with the same settings.
         data_dir: Folder of the data, for tasks that can be read from one.
         command: What the report names as the command that repeats the run.
@@ -137,19 +138,36 @@ class CpdRun(Run):
         self, teacher: nn.Module, student: nn.Module, optimizer: Optimizer, graph: ChannelGraph, at: Place
     ) -> tuple[PrunePlan, nn.Module, Optimizer]:
         """Mask with distillation, a preset's way or in a few events; then remove the channels for good."""
-        c = self.config
         found = {k: v for k, v in at.state.items() if k == "found"}
-        if c.preset != "events":
-            least = _widths(graph, PrunePlan.from_json(found["found"])) if found else c.min_channels
-            most = 1.0 if found else c.max_pruning_ratio
-            limits = {"round_to": c.round_to, "max_pruning_ratio": most, "min_channels": least}
+        if self.config.preset != "events":
+            widths = PrunePlan.from_json(found["found"]) if found else None
+            target, limits = self._limits(teacher, graph, widths)
             plan, small = prune_in_loop(
-                self, teacher, student, optimizer, graph, at, limits, lambda scores: self._write_scores(SCORES, scores)
-            )
+                self, teacher, student, optimizer, graph, at, target, limits, partial(self._write_scores, SCORES),
+                must_measure=limits["latency"] is not None and widths is None,
+            )  # fmt: skip
         else:
             plan, small = self._prune_in_events(teacher, student, optimizer, graph, at, found)
         self.go_on(at, training_state(small, optimizer), {"plan": plan.to_json()})
         return plan, small, optimizer
+
+    def _limits(
+        self, teacher: nn.Module, graph: ChannelGraph, found: PrunePlan | None
+    ) -> tuple[Target, dict[str, Any]]:
+        """What may remain at the end, and the options of every plan on the way.
+
+        No group gets narrower than in ``found``, whose latency was measured: the table's word for it is the limit.
+        """
+        c, target, table = self.config, self.config.target(), latency_table(self, teacher, graph)
+        limits: dict[str, Any] = {
+            "round_to": c.round_to, "max_pruning_ratio": c.max_pruning_ratio, "min_channels": c.min_channels,
+            "latency": table,
+        }  # fmt: skip
+        if found is not None:
+            limits |= {"max_pruning_ratio": 1.0, "min_channels": _widths(graph, found)}
+            if table is not None:
+                target = replace(target, latency_ms=min(table(found) / table(None), 1.0))
+        return target, limits
 
     def _prune_in_events(
         self,
@@ -200,27 +218,20 @@ class CpdRun(Run):
     ) -> PrunePlan:
         """Score the masked student and remove channels, on a straight line to the target.
 
-        No group gets narrower than in ``found``. The latency of the last plan is measured, where the target
-        limits it; that of ``found`` was.
+        The latency of the last plan is measured, where the target limits it; that of ``found`` was.
         """
-        c, target, table = self.config, self.config.target(), latency_table(self, teacher, graph)
+        c, (target, limits) = self.config, self._limits(teacher, graph, found)
         scores = self._score(student, graph, "prune", step, before)
         if step == 0:  # later scores know nothing of what is gone by then; the report shows the first
             self._write_scores(SCORES, scores)
-        least = c.min_channels if found is None else _widths(graph, found)
-        most = c.max_pruning_ratio if found is None else 1.0
         per_cost = next((n for n in ("macs", "params", "memory") if n in target.given), "macs")
 
-        def plan_of(limits: Target) -> PrunePlan:
-            return make_plan(
-                graph, scores, limits, c.round_to, most, least, start=before, per_cost=per_cost, latency=table
-            )
+        def plan_of(what: Target) -> PrunePlan:
+            return make_plan(graph, scores, what, start=before, per_cost=per_cost, **limits)
 
         if found is None and number == c.prune_events:
-            return measured_plan(self, teacher, graph, plan_of, "prune")
-        if found is not None and table is not None:
-            target = replace(target, latency_ms=min(table(found) / table(None), 1.0))
-        dense = {} if table is None else {"latency_ms": table.dense_ms}
+            return measured_plan(self, teacher, graph, plan_of, "prune", before)
+        dense = {} if limits["latency"] is None else {"latency_ms": limits["latency"].dense_ms}
         return plan_of(Greedy(steps=c.prune_events, ramp="linear").target(number, target, dense))
 
     def _score(self, model: nn.Module, graph: ChannelGraph, stage: str, step: int, before: PrunePlan | None) -> Scores:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from cpd_fast.errors import PlanError
 from cpd_fast.presets import preset
 from cpd_fast.pruner import Pruner
+from cpd_fast.recipes.target import MeasuredGreedy
 from cpd_fast.recipes.training import stage_seed
 from cpd_fast.schedule import OneGroup, plan_cost
 from cpd_fast.score import Magnitude, score
@@ -33,8 +34,10 @@ def prune_in_loop(
     optimizer: Optimizer,
     graph: ChannelGraph,
     at: Place,
+    target: Target,
     limits: dict[str, Any],
     write_scores: Callable[[Scores], None],
+    must_measure: bool,
 ) -> tuple[PrunePlan, nn.Module]:
     """Train the student with distillation while a :class:`cpd_fast.Pruner` removes channels.
 
@@ -45,23 +48,27 @@ def prune_in_loop(
         optimizer: Over its parameters; follows the removal.
         graph: Its groups.
         at: Where the run is.
-        limits: ``round_to``, ``max_pruning_ratio`` and ``min_channels`` of the plans.
+        target: What may remain.
+        limits: ``round_to``, ``max_pruning_ratio``, ``min_channels`` and ``latency`` of the plans.
         write_scores: Gets the scores of the first removal.
+        must_measure: Whether the last plan is to meet the run's latency on the real network.
 
     Returns:
         The plan, and the compacted student.
 
     Raises:
-        PlanError: If the target does not hold after all steps.
+        PlanError: If the target does not hold after all steps, or a latency cannot be met.
         MemoryLimitError: If the criterion's own forwards do not fit into the memory limit.
     """
-    c, target = run.config, run.config.target()
+    c = run.config
     interval = max(c.prune_steps // c.prune_events, 1)
     settings = preset(c.preset, interval, c.prune_events)
     if isinstance(settings["schedule"], OneGroup):
         limits = {k: v for k, v in limits.items() if k != "round_to"}  # the released rule knows none
         removals = _removals(student, graph, target, settings["schedule"], limits)
         settings = preset(c.preset, max(int(_HASTE * c.prune_steps / removals), 1))
+    elif must_measure:
+        settings["schedule"] = MeasuredGreedy(**vars(settings["schedule"]), run=run, model=teacher)
     torch.manual_seed(stage_seed(c.seed, "prune"))  # where probes come from
     pruner = Pruner(student, run.task.example_inputs(), target, graph=graph, **settings, **limits)
     trainer = run.trainer("prune", student, optimizer, run.distil_loss(), teacher)

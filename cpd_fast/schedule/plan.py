@@ -391,7 +391,8 @@ def _limits(graph: ChannelGraph, target: Target, latency: Latency | None) -> lis
     for name, given in target.given.items():
         if name == "latency_ms" and latency is None:
             raise PlanError(
-                "Target(latency_ms=): no latency table; pass latency=plan -> milliseconds, or use Target(macs=)"
+                "Target(latency_ms=): no latency table; pass latency=cpd.LatencyTable(model, graph, example_inputs), "
+                "or any plan -> milliseconds, or use Target(macs=)"
             )
         table = latency if name == "latency_ms" else None
         full = _Limit(name, given, 0, 0, table).value(dense, empty)

@@ -1,5 +1,6 @@
 """Recipes that aim at parameters, memory or latency: on a machine whose clock counts MACs."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -9,8 +10,11 @@ import torch
 import cpd_fast as cpd
 from cpd_fast.config import ConfigError
 from cpd_fast.errors import PlanError
+from cpd_fast.pruner import Pruner
 from cpd_fast.recipes import outcome
 from cpd_fast.recipes.comb_prune_distill import CpdRun
+from cpd_fast.recipes.run_folder import RunFolder, read_settings
+from cpd_fast.recipes.target import MeasuredGreedy
 from cpd_fast.timing import table, target
 from cpd_fast.timing.layers import macs_of
 
@@ -107,9 +111,117 @@ def test_latency_that_the_real_network_never_has_says_what_was_measured(tiny, cl
         tiny.run(tmp_path / "run", target=cpd.Target(latency_ms=0.7), round_to=1, latency_backend="eager")
 
 
-def test_presets_do_not_plan_for_latency(tiny, clock, tmp_path):
-    with pytest.raises(ConfigError, match="preset=best: a latency is planned for in events alone"):
-        tiny.run(tmp_path / "run", target=cpd.Target(latency_ms=0.7), preset="best", latency_backend="eager")
+# ------------------------------------------------------------------------------------------------ pruned by a preset
+IN_LOOP = {"prune_steps": 12, "prune_events": 3, "checkpoint_every": 5, "round_to": 1, "latency_backend": "eager"}
+
+
+@pytest.fixture
+def removals(monkeypatch):
+    """What the plans of a run keep, one after another."""
+    seen, apply = [], Pruner._apply
+
+    def remember(self, plan, events):
+        seen.append(self.graph.alive(plan))
+        apply(self, plan, events)
+
+    monkeypatch.setattr(Pruner, "_apply", remember)
+    return seen
+
+
+@pytest.mark.parametrize("goal", [0.7, 4.5])
+@pytest.mark.parametrize("preset", ["best", "published"])
+def test_a_preset_meets_a_latency(tiny, clock, tmp_path, removals, preset, goal):
+    result = tiny.run(tmp_path / "run", target=cpd.Target(latency_ms=goal), preset=preset, **IN_LOOP)
+    goal *= ms_of(result.teacher) if goal < 1 else 1
+    assert ms_of(result.student) == pytest.approx(goal, rel=0.05)
+    assert [step for step, _ in result.results.steps] == [3, 7, 11] and len(removals) == 4
+    for before, after in itertools.pairwise(removals):
+        assert not (after & ~before).any()  # masks only grow
+    kept = json.loads((tmp_path / "run/latency.json").read_text())
+    assert len(kept["aim"]["tries"]) + len(kept["prune"]["tries"]) == len(clock)
+    assert "within 5% of it" in " ".join(result.results.notes)
+
+
+def test_the_ramp_leads_to_what_was_measured(tiny, clock, tmp_path, monkeypatch):
+    """On a machine where everything that shrinks is slower than the table says: the last removal is not the largest."""
+    slow = lambda model, *_: lambda small: (ms_of(model), ms_of(model) - 0.6 * (ms_of(model) - ms_of(small)))  # noqa: E731
+    monkeypatch.setattr(target, "_measurer", slow)
+    result = tiny.run(tmp_path / "run", target=cpd.Target(latency_ms=0.8), preset="best", **IN_LOOP)
+    kept = json.loads((tmp_path / "run/latency.json").read_text())
+    aim = kept["aim"]["tries"][kept["aim"]["chosen"]]
+    assert aim["predicted_ms"] < 0.9 * aim["goal_ms"] and len(kept["prune"]["tries"]) > 0
+    shares = [1.0, *(share for _, share in result.results.steps)]
+    gone = [a - b for a, b in itertools.pairwise(shares)]
+    assert gone[0] > gone[1] > gone[2]  # a cubic ramp to the very end
+
+
+def test_a_preset_after_a_search_keeps_to_what_was_measured(tiny, clock, tmp_path):
+    how = {"search_ratios": 1, "candidates": 3, "calibration_batches": 2}
+    result = tiny.run(tmp_path / "run", target=cpd.Target(latency_ms=0.7), preset="best", **how, **IN_LOOP)
+    assert ms_of(result.student) == pytest.approx(0.7 * ms_of(result.teacher), rel=0.05)
+    kept = json.loads((tmp_path / "run/latency.json").read_text())
+    found = cpd.PrunePlan.from_json(kept["search"]["plan"])
+    assert {k: len(v) for k, v in result.plan.items()} == {k: len(v) for k, v in found.items()}
+    assert set(kept) == {"machine", "dense_ms", "search"}
+
+
+def dying(run, monkeypatch, event):
+    """The run dies with removal number ``event`` in no checkpoint."""
+    next_plan = MeasuredGreedy.next_plan
+
+    def dies(self, number, *arguments):
+        found = next_plan(self, number, *arguments)
+        if number == event:
+            raise MemoryError
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MeasuredGreedy, "next_plan", dies)
+        with pytest.raises(MemoryError):
+            run()
+
+
+@pytest.mark.parametrize("event", [1, 3])
+def test_a_preset_that_was_killed_goes_on_with_the_measured_plans(tiny, clock, tmp_path, monkeypatch, event):
+    go = lambda name: tiny.run(  # noqa: E731
+        tmp_path / name, target=cpd.Target(latency_ms=0.7), preset="best", **IN_LOOP
+    )
+    whole, measured = go("whole"), len(clock)
+    dying(lambda: go("killed"), monkeypatch, event)
+    resumed = go("killed")
+    assert len(clock) == 2 * measured  # nothing twice
+    assert resumed.plan == whole.plan
+    read = lambda name: (tmp_path / name / "student.safetensors").read_bytes()  # noqa: E731
+    assert read("killed") == read("whole")
+
+
+def test_a_kept_plan_that_gives_channels_back_is_measured_anew(tiny, clock, tmp_path, monkeypatch, removals):
+    """As it is after a kill where the rest of the run is computed with other bits."""
+    go = lambda: tiny.run(  # noqa: E731
+        tmp_path / "run", target=cpd.Target(latency_ms=0.7), preset="best", **IN_LOOP
+    )
+    dying(go, monkeypatch, 3)
+    file = tmp_path / "run/latency.json"
+    kept = json.loads(file.read_text())
+    plan = cpd.PrunePlan.from_json(kept["prune"]["plan"])
+    kept["prune"]["plan"] = cpd.PrunePlan({}, plan.fingerprint).to_json()
+    file.write_text(json.dumps(kept))
+    removals.clear()
+    assert go().plan == plan
+    assert not (removals[-1] & ~removals[-2]).any()
+
+
+def test_a_preset_whose_latency_is_never_had_stops_at_the_first_removal(tiny, clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(target, "_measurer", lambda *_: lambda small: (20.0, 20.0))
+    with pytest.raises(PlanError, match=r"14\.000 ms were not reached: measured were 20\.000 ms \(predicted"):
+        tiny.run(tmp_path / "run", target=cpd.Target(latency_ms=0.7), preset="best", **IN_LOOP)
+    assert RunFolder(tmp_path / "run", read_settings(tmp_path / "run")).load_checkpoint()[:2] == ("prune", 0)
+
+
+def test_the_released_rule_refuses_latency(tiny, clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(CpdRun, "_teacher", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match="preset=released: its rule leaves odd widths.* use preset=best, published"):
+        tiny.run(tmp_path / "run", target=cpd.Target(latency_ms=0.7), preset="released", latency_backend="eager")
 
 
 def test_parameters_and_memory(tiny, tmp_path):
