@@ -22,19 +22,14 @@ def is_better(x: Tensor, weight: Tensor, groups: int) -> bool:
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, channels: Channels, geometry: Geometry) -> Tensor:
     """Planes that are alive on both sides are convolved where they are; those without an input give their bias."""
-    read = {c: i for i, c in enumerate(channels.present)}
-    written = {c: i for i, c in enumerate(channels.held)}
-    alive = set(channels.inputs)
-    live = [c for c in channels.outputs if c in alive]
-    lonely = tuple(c for c in channels.outputs if c not in alive)
-    places = ([read[c] for c in live], [written[c] for c in live], live)
-    if not live or not len(x):  # nothing to convolve: no memory to point at
+    places, lonely, written = channels.planes
+    if not places[0] or not len(x):  # nothing to convolve: no memory to point at
         return compact_conv2d(x, weight, bias, channels, geometry)
     size = geometry.out_size(x, weight)
     y: Tensor = Depthwise.apply(x, weight, bias, places, size, len(channels.held), geometry)
     if lonely and bias is not None:
         part = bias[index_of(lonely, x.device)].reshape(1, -1, 1, 1).expand(len(x), -1, *size)
-        y = y.index_copy(1, index_of(tuple(written[c] for c in lonely), x.device), part)
+        y = y.index_copy(1, index_of(written, x.device), part)
     return y
 
 

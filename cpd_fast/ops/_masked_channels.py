@@ -38,7 +38,17 @@ class Bucket(NamedTuple):
     weight_rows: tuple[int, ...]  # of the full weight, group after group
     weight_columns: tuple[int, ...]  # for every row its columns, flattened; empty where all are read
     inputs: tuple[int, ...]  # channels of the full input
+    read: tuple[int, ...]  # where the input holds them
     outputs: tuple[int, ...]  # channels of the full output
+    written: tuple[int, ...]  # where the result holds them
+
+
+class Planes(NamedTuple):
+    """Planes of a depthwise layer."""
+
+    places: tuple[list[int], list[int], list[int]]  # of those that are convolved: in the input, the result, the weight
+    lonely: tuple[int, ...]  # outputs without a live input, of the full output
+    written: tuple[int, ...]  # where the result holds those
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +95,23 @@ class Channels:
         return found
 
     @functools.cached_property
+    def planes(self) -> Planes:
+        """Of a layer with a group for each channel: the planes that are convolved, and those that are not."""
+        read, written = ({c: i for i, c in enumerate(channels)} for channels in (self.present, self.held))
+        alive = set(self.inputs)
+        live = [c for c in self.outputs if c in alive]
+        lonely = [c for c in self.outputs if c not in alive]
+        return Planes(
+            ([read[c] for c in live], [written[c] for c in live], live),
+            tuple(lonely),
+            tuple(written[c] for c in lonely),
+        )
+
+    @functools.cached_property
     def buckets(self) -> list[Bucket]:
         """The live part of every group, those of equal shape together; groups without live outputs are left out."""
         per_in = self.in_channels // self.groups
+        read, written = ({c: i for i, c in enumerate(channels)} for channels in (self.present, self.held))
         shapes: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {}
         for rows, columns in self.members:
             if rows:
@@ -98,7 +122,9 @@ class Channels:
                 tuple(i for rows, _ in groups for i in rows),
                 () if n_in == per_in else tuple(i % per_in for rows, found in groups for _ in rows for i in found),
                 tuple(i for _, found in groups for i in found),
+                tuple(read[i] for _, found in groups for i in found),
                 tuple(i for rows, _ in groups for i in rows),
+                tuple(written[i] for rows, _ in groups for i in rows),
             )
             for (_, n_in), groups in shapes.items()
         ]

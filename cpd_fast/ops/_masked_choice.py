@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 from torch import Tensor
 
@@ -20,89 +20,99 @@ BODIES = {
     "reference": "the library's kernels at full width",
 }
 DIRECT = ("cuda", "cpu", "triton")
-Reasons = dict[str, str | None]
-Verdict = tuple[Reasons, Reasons]  # why bodies cannot run; why those that can had better not
 LATER = "comes later in the order"
 
 
-class Call(NamedTuple):
-    """What decides about a convolution."""
+class Layer:
+    """A masked linear layer, as far as it decides who runs it."""
 
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    groups: int
-    compact_input: bool
-    compact_output: bool
+    def why_not(self, body: str) -> str | None:
+        """Why a body cannot run; None if it can."""
+        return "is for convolutions" if body in DIRECT else None
 
-    def reasons(self) -> Reasons:
-        """Why a body cannot run."""
-        why = _direct.why_not(self.x, self.weight, self.bias, self.groups)
-        direct = {name: why or _dispatch._WHY_NOT[name](self.x) for name in DIRECT}
-        if max(self.x.shape[2:]) > 2**24 or self.x.shape[2] * self.x.shape[3] > 2**28:
-            large = f"needs planes of at most 2^28 pixels, and 2^24 a side, got {tuple(self.x.shape[2:])}"
-            direct |= {name: direct[name] or large for name in ("cuda", "triton")}
-        return direct | {"compact": None, "reference": None}
-
-    def slower(self) -> Reasons:
+    def slower(self, body: str) -> str | None:
         """Why a body that could run is not the one to choose, as measured."""
-        if self.x.device.type != "cpu":
-            return {}
-        slower: Reasons = {"triton": "is an interpreter here, for tests"}
-        if self.weight.shape[:2] != (self.groups, 1):
-            return slower
-        if self.compact_input and self.compact_output and is_channels_last(self.x):
-            slower["cpu"] = "is slower than the library on compact channels-last activations of depthwise layers"
-        if self.x.is_contiguous() and self.x.shape[2] * self.x.shape[3] <= 64:
-            slower["cpu"] = "is slower than the library on depthwise planes of at most 64 pixels"
-        return slower
-
-    def verdict(self) -> Verdict:
-        """Both."""
-        return self.reasons(), self.slower()
+        del body
+        return None
 
 
-def linear_verdict() -> Verdict:
-    """The same of linear layers."""
-    return dict.fromkeys(DIRECT, "is for convolutions") | {"compact": None, "reference": None}, {}
+class Convolution(Layer):
+    """A masked convolution, as far as it decides who runs it."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+        self.x, self.weight, self.bias, self.groups = x, weight, bias, groups
+
+    @functools.cached_property
+    def _why_not_direct(self) -> str | None:
+        return _direct.why_not(self.x, self.weight, self.bias, self.groups)
+
+    def why_not(self, body: str) -> str | None:
+        """Why a body cannot run; None if it can."""
+        if body not in DIRECT:
+            return None
+        why = self._why_not_direct or _dispatch._WHY_NOT[body](self.x)
+        height, width = self.x.shape[2:]
+        if why is None and body != "cpu" and (max(height, width) > 2**24 or height * width > 2**28):
+            return f"needs planes of at most 2^28 pixels, and 2^24 a side, got {(height, width)}"
+        return why
+
+    def slower(self, body: str) -> str | None:
+        """Why a body that could run is not the one to choose, as measured."""
+        x = self.x
+        if x.device.type != "cpu":
+            return None
+        if body == "triton":
+            return "is an interpreter here, for tests"
+        if body != "cpu" or self.weight.shape[:2] != (self.groups, 1):
+            return None
+        if is_channels_last(x):
+            return "is slower than the library on channels-last activations of depthwise layers"
+        if x.is_contiguous() and x.shape[2] * x.shape[3] <= 64:
+            return "is slower than the library on depthwise planes of at most 64 pixels"
+        return None
 
 
-def choose(op: str, backend: str | None, call: Callable[[], Verdict], *tensors: Tensor) -> str:
-    """Name the body that runs. Compilers trace this: they never come to ``call``.
+def choose(op: str, backend: str | None, layer: Layer, watched: str | None) -> str:
+    """Name the body that runs. Compilers trace this: they never come to ``layer``.
+
+    Args:
+        op: For messages.
+        backend: The one asked for; None: the first that can run and is not slower than a later one.
+        layer: What is to run.
+        watched: Why only the reference may, if so; see :func:`why_not_compact`.
 
     Raises:
         BackendError: If the one asked for does not exist or cannot run this call.
     """
     if backend is not None and backend not in BODIES:
         raise BackendError(f"{op}: unknown backend {backend!r}; choose one of {', '.join(BODIES)}")
-    compact = why_not_compact(*tensors)
-    if compact is not None:
-        reasons, slower = {n: None if n == "reference" else compact for n in BODIES}, {}
-    else:
-        reasons, slower = call()
+    if watched is not None:
+        if backend not in (None, "reference"):
+            raise BackendError(f"{op}: backend {backend!r} {watched}")
+        return "reference"
     if backend is None:
-        return next(name for name in BODIES if reasons[name] is None and slower.get(name) is None)
-    if reasons[backend]:
-        raise BackendError(f"{op}: backend {backend!r} {reasons[backend]}")
+        return next(name for name in BODIES if layer.why_not(name) is None and layer.slower(name) is None)
+    if reason := layer.why_not(backend):
+        raise BackendError(f"{op}: backend {backend!r} {reason}")
     return backend
 
 
 def explain(op: str, *args: Any, **options: Any) -> str:
     """What :func:`cpd_fast.ops.explain_backend` says of masked layers."""
-    call: Callable[[], Verdict]
+    layer: Layer
     if op == "masked_linear":
-        tensors, call = [t for t in args[:3] if isinstance(t, Tensor)], linear_verdict
+        tensors, layer = [t for t in args[:3] if isinstance(t, Tensor)], Layer()
     else:
         names = ("x", "weight", "bias", "stride", "padding", "dilation", "groups")
         given = dict(zip(names, args, strict=False)) | options
         x, weight, bias = given["x"], given["weight"], given.get("bias")
         tensors = [t for t in (x, weight, bias) if t is not None]
-        compact = bool(given.get("compact_input")), bool(given.get("compact_output"))
-        call = Call(x, weight, bias, given.get("groups", 1), *compact).verdict
-    chosen = choose(op, None, call, *tensors)
-    compact_reason = why_not_compact(*tensors)
-    reasons, slower = call() if compact_reason is None else (dict.fromkeys(BODIES, compact_reason), {})
+        layer = Convolution(x, weight, bias, given.get("groups", 1))
+    watched = why_not_compact(*tensors)
+    chosen = choose(op, None, layer, watched)
     detail = f", {_dispatch._native().current_isa()}" if chosen == "cpu" else ""  # type: ignore[union-attr]
     lines = [f"{op}: {chosen} ({BODIES[chosen]}{detail})"]
-    lines += [f"  not {n}: {reasons[n] or slower.get(n) or LATER}" for n in BODIES if n != chosen]
+    for name in BODIES:
+        if name != chosen:
+            lines.append(f"  not {name}: {watched or layer.why_not(name) or layer.slower(name) or LATER}")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ def compact_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, channels: Cha
         b = None if bias is None else _select(bias, {0: bucket.weight_rows})
         if not bucket.inputs:  # nothing to read: the bias alone
             part = x.new_zeros(x.shape[0], len(bucket.outputs), *size)
-            parts.append((bucket.outputs, part if b is None else part + b.to(part.dtype).reshape(1, -1, 1, 1)))
+            parts.append((bucket.written, part if b is None else part + b.to(part.dtype).reshape(1, -1, 1, 1)))
             continue
         columns = {1: bucket.inputs} if bucket.weight_columns and channels.groups == 1 else {}
         w = _select(weight, {0: bucket.weight_rows, **columns})
@@ -30,13 +30,12 @@ def compact_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, channels: Cha
             w = _TakeColumns.apply(w, index_of(bucket.weight_columns, w.device).reshape(len(w), -1))
         if is_channels_last(weight):
             w = w.contiguous(memory_format=torch.channels_last)
-        seen = _select(x, {1: _places(bucket.inputs, channels)})
-        parts.append((bucket.outputs, F.conv2d(seen, w, b, *geometry, bucket.groups)))
+        parts.append((bucket.written, F.conv2d(_select(x, {1: bucket.read}), w, b, *geometry, bucket.groups)))
         dtype = parts[-1][1].dtype
     if dtype is not None:  # under autocast the bias alone is of another dtype
-        return _spread([(outputs, part.to(dtype)) for outputs, part in parts], 1, channels.held)
+        return _spread([(written, part.to(dtype)) for written, part in parts], 1, len(channels.held))
     zeros = _Zeros.apply((x.shape[0], len(channels.held), *size), x, weight, bias)
-    return zeros + _spread(parts, 1, channels.held) if parts else zeros
+    return zeros + _spread(parts, 1, len(channels.held)) if parts else zeros
 
 
 def compact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, channels: Channels) -> Tensor:
@@ -46,16 +45,8 @@ def compact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, channels: Cha
         return _Zeros.apply((*x.shape[:-1], len(channels.held)), x, weight, bias)
     w = _select(weight, {0: rows, 1: columns})
     b = None if bias is None else _select(bias, {0: rows})
-    seen = _select(x, {x.dim() - 1: _places(columns, channels)})
-    return _spread([(rows, F.linear(seen, w, b))], x.dim() - 1, channels.held)
-
-
-def _places(wanted: tuple[int, ...], channels: Channels) -> tuple[int, ...]:
-    """Where channels are in the input."""
-    if not channels.compact_input:
-        return wanted
-    at = {c: i for i, c in enumerate(channels.inputs)}
-    return tuple(at[c] for c in wanted)
+    y = F.linear(x if channels.compact_input else _select(x, {x.dim() - 1: columns}), w, b)
+    return y if channels.compact_output else _spread([(rows, y)], x.dim() - 1, channels.out_channels)
 
 
 def _select(t: Tensor, wanted: dict[int, tuple[int, ...]]) -> Tensor:
@@ -64,16 +55,15 @@ def _select(t: Tensor, wanted: dict[int, tuple[int, ...]]) -> Tensor:
     return elements_of(tuple(t.shape), lists).take(t) if lists else t
 
 
-def _spread(parts: list[tuple[tuple[int, ...], Tensor]], dim: int, held: tuple[int, ...]) -> Tensor:
-    """One tensor with channels ``held`` from parts that have some of them; zero where no part has one."""
-    outputs, first = parts[0]
-    if len(parts) == 1 and outputs == held:
+def _spread(parts: list[tuple[tuple[int, ...], Tensor]], dim: int, size: int) -> Tensor:
+    """One tensor of a size from parts and where they belong along a dim; zero where no part belongs."""
+    places, first = parts[0]
+    if len(places) == size:
         return first
-    at = {c: i for i, c in enumerate(held)}
-    full = (*first.shape[:dim], len(held), *first.shape[dim + 1 :])
-    result = elements_of(full, ((dim, tuple(at[c] for c in outputs)),)).put(first, is_channels_last(first))
-    for outputs, part in parts[1:]:
-        index = index_of(tuple(at[c] for c in outputs), part.device)
+    full = (*first.shape[:dim], size, *first.shape[dim + 1 :])
+    result = elements_of(full, ((dim, places),)).put(first, is_channels_last(first))
+    for places, part in parts[1:]:
+        index = index_of(places, part.device)
         if is_channels_last(result):
             result = result.permute(0, 2, 3, 1).index_copy(3, index, part.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         else:

@@ -28,8 +28,9 @@ from cpd_fast.ops._masked_channels import (
     check_lists,
     kept,
     pair_of,
+    why_not_compact,
 )
-from cpd_fast.ops._masked_choice import Call, choose, explain, linear_verdict
+from cpd_fast.ops._masked_choice import Convolution, Layer, choose, explain
 from cpd_fast.ops._masked_compact import compact_conv2d, compact_linear
 from cpd_fast.ops._masked_reference import checked_conv_reference, masked_linear_reference, narrow, widen
 
@@ -100,21 +101,21 @@ def masked_conv2d(
             f"{op}: a kernel of {tuple(weight.shape[2:])} with dilation {geometry.dilation} does not fit an input of "
             f"shape {tuple(x.shape)} with padding {geometry.padding}"
         )
-    tensors = [t for t in (x, weight, bias) if t is not None]
-    call = Call(x, weight, bias, groups, compact_input, compact_output)
-    chosen = choose(op, backend, call.verdict, *tensors)
-    if chosen != "reference":
+    watched = why_not_compact(*(t for t in (x, weight, bias) if t is not None))
+    if watched is None and backend != "reference":
         outputs = kept(op, "out_keep", out_keep, weight.shape[0], x.device)
         inputs = kept(op, "in_keep", in_keep, in_channels, x.device)
         check_input(op, x, weight, bias, in_channels, len(inputs) if compact_input and inputs is not None else None)
         if outputs is None and inputs is None and backend is None:
             return F.conv2d(x, weight, bias, *geometry, groups)
+        chosen = choose(op, backend, Convolution(x, weight, bias, groups), None)
         channels = channels_of(outputs, inputs, len(weight), in_channels, groups, compact_input, compact_output)
         if chosen == "compact":
             return compact_conv2d(x, weight, bias, channels, geometry)
         if chosen == "cpu" and _depthwise.is_better(x, weight, groups):
             return _depthwise.depthwise_conv2d(x, weight, bias, channels, geometry)
         return direct_conv2d(x, weight, bias, channels, geometry, chosen)
+    choose(op, backend, Convolution(x, weight, bias, groups), watched)
     return checked_conv_reference(
         op, x, weight, bias, out_keep, in_keep, geometry, groups, compact_input, compact_output
     )
@@ -181,7 +182,7 @@ def masked_linear(
         raise ShapeError(f"{op}: expected input (..., F) and weight of 2 dims, got {x.dim()} and {weight.dim()} dims")
     out_features, in_features = weight.shape
     tensors = [t for t in (x, weight, bias) if t is not None]
-    if choose(op, backend, linear_verdict, *tensors) == "reference":
+    if choose(op, backend, Layer(), why_not_compact(*tensors)) == "reference":
         check_lists(op, {"out_keep": (out_keep, out_features), "in_keep": (in_keep, in_features)}, *tensors)
         x = widen(x, -1, in_keep, in_features) if compact_input else x
         check_input(op, x, weight, bias, in_features, None)
