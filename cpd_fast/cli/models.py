@@ -172,6 +172,7 @@ def _transformers(name: str, folder: Path) -> Source:
     if not (folder / "config.json").is_file():
         raise ModelError(f"model {name!r}: {folder} holds no config.json; save_pretrained() makes such a folder")
     transformers = _package("transformers", "transformers")
+    transformers.utils.logging.disable_progress_bar()  # of a load that takes a moment
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as e:

@@ -38,6 +38,7 @@ def collection_paused() -> Iterator[None]:
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKED = "_output_capturing_hooks_installed"  # transformers: a model that its first forward put hooks on has this
 
 
 def has_hooks(model: nn.Module) -> bool:
@@ -69,6 +70,8 @@ def clone_to_meta(model: nn.Module, memo: dict[int, Any] | None = None, hooks: b
     finally:
         for m, h, value in kept:
             setattr(m, h, value)
+    for m in modules_of(clone) if kept else ():
+        vars(m).pop(HOOKED, None)  # its forward puts them on again
     return clone
 
 

@@ -304,7 +304,7 @@ def test_weights_must_fit(here):
         load_weights(net, here / "evil.pth", 2)
 
 
-def test_transformers_folder(tmp_path):
+def test_transformers_folder(tmp_path, capsys):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     config = transformers.SegformerConfig(
         num_labels=3, depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=16,
@@ -315,8 +315,10 @@ def test_transformers_folder(tmp_path):
     (tmp_path / "segformer/preprocessor_config.json").write_text(
         '{"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}'
     )
+    capsys.readouterr()
     source = model_source(f"hf/{tmp_path / 'segformer'}")
     model, x = source.build(3).eval(), torch.randn(1, 3, 32, 32)
+    assert capsys.readouterr() == ("", "")
     assert tuple(model(x).shape) == (1, 3, 32, 32) and source.mean == (127.5,) * 3
     assert all(v.equal(saved.state_dict()[k]) for k, v in model.model.state_dict().items())
 

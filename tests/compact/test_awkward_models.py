@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import cpd_fast as cpd
+from cpd_fast.cli.models import Logits
 from cpd_fast.compact import compact
 from cpd_fast.errors import TraceError
 from cpd_fast.pipeline import comb
@@ -344,6 +346,27 @@ CAPTURED: list[torch.Tensor] = []
 def test_a_forward_that_relies_on_its_own_hooks():
     graph, _, small = prove(informative(Captures()).double(), (torch.randn(2, 3, 4, 4).double(),))
     assert graph.needs_hooks and small.a.out_channels == 4
+
+
+def test_hooks_that_a_first_forward_puts_on():
+    """Networks of transformers get theirs at their first forward, and then hold a note that they have them."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.SegformerConfig(
+        num_labels=3, depths=[1, 1], hidden_sizes=[8, 16], decoder_hidden_size=16, num_attention_heads=[1, 2],
+        num_encoder_blocks=2, sr_ratios=[2, 1], patch_sizes=[3, 3], strides=[2, 2], mlp_ratios=[2, 2],
+    )  # fmt: skip
+    model = informative(Logits(transformers.SegformerForSemanticSegmentation(config))).double().eval()
+    x = torch.randn(2, 3, 16, 16).double()
+    graph = comb(model, x)  # has no hooks yet
+    plan = random_plan(graph, keep=0.5)
+    model(x)
+    assert any(m._forward_hooks for m in model.modules())
+    small = compact(model, graph, plan)
+    with torch.no_grad(), cpd.masked(model, graph, plan, execution="compact") as m:
+        assert relative_error(m(x), small(x)) < 1e-12
+    with torch.no_grad(), cpd.masked(model, graph, plan, execution="full_width") as m:
+        assert relative_error(m(x), small(x)) < 1e-12
+    assert not comb(model, x).needs_hooks  # and now has
 
 
 def test_compacting_a_masked_model_takes_the_masks_off_the_result():
