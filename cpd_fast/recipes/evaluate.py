@@ -17,12 +17,13 @@ class Quality:
 
     Attributes:
         accuracy: Share of pixels (segmentation) or pictures (classification) that get the right class.
-        class_scores: Intersection over union of each class (segmentation), or recall (classification).
-        miou: Mean of the class IoUs; None for classification.
+        class_scores: Intersection over union of each class (segmentation), or recall (classification); None for a
+            class that no label of the split is of.
+        miou: Mean of the class IoUs that there are; None for classification.
     """
 
     accuracy: float
-    class_scores: tuple[float, ...]
+    class_scores: tuple[float | None, ...]
     miou: float | None
 
     @property
@@ -56,10 +57,11 @@ def evaluate(model: nn.Module, data: DataSplits, split: Split) -> Quality:
     table = torch.bincount(pairs, minlength=k * k).reshape(k, k).double()  # row: label, column: prediction
     hit = table.diag()
     accuracy = float(hit.sum() / table.sum())
-    if not data.is_segmentation:
-        return Quality(accuracy, tuple((hit / table.sum(1).clamp_min(1)).tolist()), None)
-    iou = hit / (table.sum(0) + table.sum(1) - hit).clamp_min(1)
-    return Quality(accuracy, tuple(iou.tolist()), float(iou.mean()))
+    labelled = table.sum(1)
+    there = labelled > 0  # and not: predicted or labelled, so that both networks of a run have the same classes
+    score = hit / (labelled + table.sum(0) - hit if data.is_segmentation else labelled)
+    scores = tuple(s if t else None for s, t in zip(score.tolist(), there.tolist(), strict=True))
+    return Quality(accuracy, scores, float(score[there].mean()) if data.is_segmentation else None)
 
 
 @torch.no_grad()

@@ -107,7 +107,7 @@ def finish(
             settings=folder.read_json("run.json")["settings"],
             command=command,
             environment=environment(),
-            notes=(*_data_notes(task), *remarks, *notes),
+            notes=(*_data_notes(task), *_absent(data.classes, quality["teacher"]), *remarks, *notes),
             seconds=seconds,
             quality=tuple(quality_over_time),
             memory_mib=peak_memory_mib(),
@@ -116,6 +116,15 @@ def finish(
         write_report(results, folder.path, folder.write)
         bar.advance(1, "done")
     return results
+
+
+def _absent(classes: tuple[str, ...], quality: Quality) -> list[str]:
+    """Classes without labels, for the report."""
+    missing = [name for name, score in zip(classes, quality.class_scores, strict=True) if score is None]
+    if not missing:
+        return []
+    named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    return [f"No label of the test split is of {named}: no score{'' if quality.miou is None else ', not in the mIoU'}."]
 
 
 def _export(model: nn.Module, task: Task, folder: RunFolder, name: str) -> float:

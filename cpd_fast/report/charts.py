@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from cpd_fast.report.results import Results
+from cpd_fast.report.results import Results, class_rows
 
 WIDTH, HEIGHT = 900, 200
 LEFT, BOTTOM = 44, 30  # room for the labels of the axes
@@ -59,8 +59,7 @@ def quality_over_training(r: Results) -> str:
 
 def class_changes(r: Results) -> str:
     """IoU or recall of every class before and after, worst change first."""
-    rows = zip(r.classes, r.teacher.class_scores, r.student.class_scores, strict=True)
-    ordered = sorted(rows, key=lambda row: row[2] - row[1])
+    ordered = sorted(class_rows(r), key=lambda row: row[2] - row[1])
     bars = "".join(
         f'<div class="bar" title="{escape(name)}: {a:.3f} to {b:.3f}"><span><bdi>{escape(name)}</bdi></span>'
         f'<span class="track"><i class="dense" style="width:{100 * a:.2f}%"></i>'

@@ -9,11 +9,10 @@ from html import escape
 from pathlib import Path
 
 from cpd_fast.report.charts import class_changes, quality_over_training
-from cpd_fast.report.results import Histogram, Results, Side, millions, table
+from cpd_fast.report.results import MOST_CLASSES, Histogram, Results, Side, class_rows, millions, table
 
 PAGE = Path(__file__).with_name("page.css")
 GROUPS = "groups.html"  # in a run folder: the drawing of the groups, a piece of HTML
-MOST_CLASSES = 40  # of which the page shows each one
 MAX_POINTS = 240  # of a curve
 
 
@@ -55,7 +54,7 @@ def render(results: Results, folder: str | os.PathLike[str] | None = None) -> st
             _legend(("before", "dense"), ("after, not worse", "kept"), ("after, worse", "gone")),
             class_changes(r),
         )
-        if 1 < len(r.classes) <= MOST_CLASSES
+        if 1 < len(class_rows(r)) <= MOST_CLASSES
         else "",
         _section("What it sees", *_tiles(r, folder)) if r.tiles else "",
         _section("Width of every layer", _legend(("before", "dense"), ("after", "kept")), _widths(r)),
@@ -160,7 +159,7 @@ def _tiles(r: Results, folder: str | os.PathLike[str] | None) -> list[str]:
         _picture(folder, t.get(kind, ""), f"{title} {n}") for n, t in enumerate(r.tiles, 1) for kind, title in kinds
     )
     return [
-        "<p>Tiles of the test split, chosen by their labels alone (many classes).</p>",
+        "<p>Pictures of the test split, chosen by their labels alone: those with many classes.</p>",
         f'<div class="legend">{swatches}</div><div class="tiles"><div class="head">{head}</div>{rows}</div>',
     ]
 

@@ -10,6 +10,8 @@ from typing import Any
 from cpd_fast.errors import FileFormatError
 
 FORMAT, VERSION = "cpd_fast.results", 1
+MOST_CLASSES = 40  # that are shown one by one; of more, those that lose most
+WORST = 10
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Side:
         latency_high_ms: Upper end.
         accuracy: Pixel accuracy (segmentation) or accuracy, test split, in [0, 1].
         miou: Mean intersection over union, test split, in [0, 1]; None for classification.
-        class_scores: IoU (segmentation) or recall (classification) of each class, in [0, 1].
+        class_scores: IoU (segmentation) or recall (classification) of each class, in [0, 1]; None for a class that no
+            label of the test split is of.
     """
 
     params: int
@@ -38,7 +41,7 @@ class Side:
     latency_high_ms: float | None
     accuracy: float
     miou: float | None
-    class_scores: tuple[float, ...]
+    class_scores: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -192,9 +195,20 @@ def table(results: Results) -> list[tuple[str, str, str, str]]:
     else:
         rows.append(("Accuracy, test", f"{a.accuracy:.2%}", f"{b.accuracy:.2%}", _points(a.accuracy, b.accuracy)))
     kind = "IoU" if results.is_segmentation else "Recall"
-    for name, x, y in zip(results.classes, a.class_scores, b.class_scores, strict=True):
-        rows.append((f"{kind} {name}", f"{x:.3f}", f"{y:.3f}", _points(x, y)))
+    classes = class_rows(results)
+    shown = classes
+    if len(classes) > MOST_CLASSES:
+        shown = sorted(classes, key=lambda row: row[2] - row[1])[:WORST]
+    rows += [(f"{kind} {name}", f"{x:.3f}", f"{y:.3f}", _points(x, y)) for name, x, y in shown]
+    if len(shown) < len(classes):
+        rows.append((f"{len(classes) - len(shown)} classes that lose less", "", "", "in results.json"))
     return rows
+
+
+def class_rows(results: Results) -> list[tuple[str, float, float]]:
+    """Name, score before and score after of every class that the test split has labels of."""
+    scores = zip(results.classes, results.teacher.class_scores, results.student.class_scores, strict=True)
+    return [(name, x, y) for name, x, y in scores if x is not None and y is not None]
 
 
 def _percent(before: float, after: float) -> str:

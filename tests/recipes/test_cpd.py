@@ -1,5 +1,6 @@
 """The recipe from end to end on a task of a second: what it leaves, and that nothing can stop it for good."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import torch
 
 from cpd_fast import recipes
 from cpd_fast.config import ConfigError
+from cpd_fast.data import Split
 from cpd_fast.errors import DataError, PlanError, RunFolderError, TrainingError
 from cpd_fast.recipes import comb_prune_distill, evaluate, run, training
 from cpd_fast.report import Results
@@ -183,13 +185,23 @@ def test_metrics_by_hand(tiny):
     task = tiny.segmentation()
 
     class Constant(torch.nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.logits = torch.eye(classes)[1]
+
         def forward(self, x):
-            return torch.tensor([0.0, 1.0, 0.0, 0.0])[None, :, None, None].expand(len(x), 4, *x.shape[2:])
+            return self.logits[None, :, None, None].expand(len(x), -1, *x.shape[2:])
 
     share = float((task.data.test.labels == 1).double().mean())
-    quality = evaluate(Constant(), task.data, task.data.test)
+    quality = evaluate(Constant(4), task.data, task.data.test)
     assert quality.accuracy == pytest.approx(share)
     assert quality.class_scores == pytest.approx((0.0, share, 0.0, 0.0)) and quality.miou == pytest.approx(share / 4)
+    data = dataclasses.replace(task.data, classes=(*"abcd", "e"))  # of e there are no labels
+    five = evaluate(Constant(5), data, data.test)
+    assert five.class_scores == (*quality.class_scores, None) and five.miou == quality.miou
+    data = dataclasses.replace(data, test=Split(data.test.images, torch.where(data.test.labels == 1, 0, 255).byte()))
+    quality = evaluate(Constant(5), data, data.test)  # all is predicted to be b, which has no labels
+    assert quality.class_scores == (0.0, None, None, None, None) and quality.miou == 0
 
 
 def test_a_loss_that_is_nan_stops_before_it_is_used(tiny, tmp_path):

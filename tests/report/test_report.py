@@ -38,6 +38,28 @@ def test_classification_shows_accuracy_and_recall():
     assert '<span class="bad">after: land</span>' in render(r)
 
 
+def scored(before, after):
+    """The sample with these scores of its classes."""
+    sides = {"teacher": before, "student": after}
+    sides = {k: dataclasses.replace(getattr(RESULTS, k), class_scores=tuple(v)) for k, v in sides.items()}
+    names = tuple(f"class {n}" for n in range(len(before)))
+    return dataclasses.replace(RESULTS, classes=names, palette=((0, 0, 0),) * len(names), **sides)
+
+
+def test_classes_without_labels_have_no_row():
+    r = scored((0.5, None, 0.25), (0.5, None, 0.5))
+    assert [row[0] for row in table(r)][-2:] == ["IoU class 0", "IoU class 2"]
+    assert 'title="class 2: 0.250' in render(r) and 'title="class 1' not in render(r)
+    assert Results.from_json(r.to_json()) == r
+
+
+def test_of_many_classes_the_table_has_those_that_lose_most():
+    r = scored([0.5] * 150, [0.5 - n / 1000 for n in range(150)])
+    assert [row[0] for row in table(r)][-11:] == [f"IoU class {n}" for n in range(149, 139, -1)] + [
+        "140 classes that lose less"
+    ]
+
+
 def test_json_round_trip():
     assert Results.from_json(RESULTS.to_json()) == RESULTS
 
