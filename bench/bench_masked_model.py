@@ -1,8 +1,9 @@
 """A masked network beside the dense one, dense-times-mask and the compacted one; and switching among random plans.
 
 Run: ``python -m bench.bench_masked_model [--json FILE] [NETWORK ...]``. Process CPU time on one thread, minima of calls
-that take turns in one process. Outputs are compared before anything is timed. Weights are taken out in every masked
-forward (no cache). ``switching`` evaluates every plan on one batch of ``SWITCH_BATCH`` pictures.
+that take turns in one process. Outputs are compared before anything is timed. ``masked`` takes weights out in every
+forward, ``masked_cached`` once (``cached_weights``) where no gradient is wanted. ``switching`` evaluates every plan on
+one batch of ``SWITCH_BATCH`` pictures.
 """
 
 from __future__ import annotations
@@ -78,14 +79,16 @@ def whole(model, graph, rounds):
     x, plan = torch.randn(BATCH, 3, PIXELS, PIXELS), plan_of(graph)
     small = cpd.compact(model, graph, plan)
     masked = cpd.masked(model, graph, plan, execution="compact")
+    cached = cpd.masked(model, graph, plan, execution="compact")
     full = cpd.masked(model, graph, plan, execution="full_width")
     with torch.no_grad():
         for m in (masked, full):
             check(m(x[:4]), small(x[:4]))
-    nets = {"dense": model, "dense_times_mask": full, "compacted": small, "masked": masked}
+    nets = {"dense": model, "dense_times_mask": full, "compacted": small, "masked": masked, "masked_cached": cached}
     result = {}
     for what, make_call in (("forward", forward), ("forward_backward", step)):
-        ms = in_turns({k: make_call(m, x) for k, m in nets.items()}, rounds)
+        with cached.cached_weights():
+            ms = in_turns({k: make_call(m, x) for k, m in nets.items()}, rounds)
         result[what] = {"ms": ms, "masked_over_compacted": ms["masked"] / ms["compacted"]}
     return result
 

@@ -85,6 +85,7 @@ class Execution(ABC):
         self._model, self._stands, self._edits = model, stands, edits
         self._active: tuple[list[Stand], list[Edit]] | None = None
         self._parts: dict[str, tuple[list[Stand], list[Edit]]] = {}
+        self.taken: dict[str, Tensor] | None = None  # parameters' values, where they are to be taken out once
 
     sites: Any = None  # normalising calls that run over kept channels only
 
@@ -129,7 +130,7 @@ class Execution(ABC):
                 original = s.places[0].owner[s.places[0].key]
                 value = s.held
                 if value is None or not again or not s.is_parameter:
-                    value = self.value(s, original)
+                    value = self._value(s, original)
                 s.original, s.version = original, 0 if value.is_inference() else value._version
                 s.held = value
                 self._active[0].append(s)
@@ -143,6 +144,13 @@ class Execution(ABC):
         except BaseException:
             self.leave()
             raise
+
+    def _value(self, stand: Stand, original: Tensor) -> Tensor:
+        if self.taken is None or not stand.is_parameter or torch.is_grad_enabled():
+            return self.value(stand, original)
+        if stand.name not in self.taken:
+            self.taken[stand.name] = self.value(stand, original)
+        return self.taken[stand.name]
 
     def leave(self) -> None:
         """End of a forward, also of one that raised."""

@@ -102,8 +102,10 @@ class CandidateBuilder:
         before = {k: v.clone() for k, v in network.state_dict().items()}
         try:
             self._masked.eval()
-            self._calibrate(network, plan, self._masked)
-            yield self._masked
+            with self._masked.cached_weights():
+                self._calibrate(network, plan, self._masked)
+            with self._masked.cached_weights():  # matched means are in the biases by now
+                yield self._masked
         finally:
             network.load_state_dict(before)
 

@@ -17,6 +17,8 @@ from cpd_fast.compact import Resizer
 from cpd_fast.compact.resize import _structure
 from cpd_fast.errors import CompactError, PlanError
 from cpd_fast.prune import execution as executions
+from cpd_fast.prune.execution import CompactExecution
+from cpd_fast.prune.full_width import FullWidthExecution
 from tests.nets import NETS, Residual, informative, relative_error, tensors_of
 
 
@@ -177,6 +179,39 @@ def test_plans_follow_each_other_bit_for_bit_and_writes_through_data_are_seen():
     handle.remove()
     assert torch.equal(model(X), dense)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("execution", ["compact", "full_width"])
+def test_cached_weights_are_taken_out_once_a_plan(execution, monkeypatch):
+    model = convnet().eval()
+    graph = cpd.comb(model, X)
+    a, b = plan_of(graph, 0), plan_of(graph, 1)
+    masked = cpd.masked(model, graph, a, execution=execution)
+    taken = []
+    for kind in (CompactExecution, FullWidthExecution):
+        value = kind.value
+        monkeypatch.setattr(
+            kind, "value", lambda self, s, t, value=value: taken.append(s.is_parameter) or value(self, s, t)
+        )
+
+    def look():
+        taken.clear()
+        with torch.no_grad():
+            return masked(X), sum(taken)
+
+    plain, once = look()
+    with masked.cached_weights():
+        first, second = look(), look()
+        assert torch.equal(first[0], plain) and torch.equal(second[0], plain)
+        assert first[1] == once > 0 and second[1] == 0
+        masked.update(b)
+        other = look()
+        assert not torch.equal(other[0], plain) and other[1] > 0 and look()[1] == 0
+        model[0].weight.data.mul_(2)
+        assert torch.equal(look()[0], other[0])  # as documented
+        masked(X).sum().backward()  # a graph needs weights of its own
+        assert model[0].weight.grad.abs().sum() > 0
+    assert not torch.equal(look()[0], other[0]) and look()[1] > 0
 
 
 def test_hooks_on_submodules_run_and_see_compact_activations():
