@@ -147,7 +147,8 @@ class Pruner:
         Parameters, ``.grad``, buffers and random state are afterwards bit for bit those of ``closure().backward()``
         alone. The curvature is that of the very loss and batch of this iteration, in the mode that the model is in.
         Call :meth:`step` after it without a closure; gradients may be clipped, averaged or unscaled in between.
-        Several calls before one step accumulate, as gradients do. For first-order criteria this is
+        Several calls before one step accumulate, as gradients do: ``fit_memory(..., backward=pruner.backward)`` makes
+        one for every micro-batch. For first-order criteria this is
         ``closure().backward()``.
 
         Args:

@@ -10,7 +10,7 @@ from torch import nn
 
 import cpd_fast as cpd
 from cpd_fast.errors import ScoreError
-from cpd_fast.memory import Part
+from cpd_fast.memory import Part, PeakMemory
 from cpd_fast.score import GateHessian, GroupFisher, HessianTrace, Taylor, _probes
 from cpd_fast.score._finite import Differences
 from cpd_fast.score.criterion import Context
@@ -161,6 +161,46 @@ def test_micro_batches_add_up():
     parts = [lambda s=s: F.cross_entropy(model(x[s]), y[s]) / 2 for s in (slice(4), slice(4, 8))]
     whole, divided = look(made(model), loss_of(model)), look(made(model), *parts)
     assert (whole - divided).abs().sum() < 2e-3 * whole.abs().sum()
+
+
+def test_within_a_memory_limit():
+    """Micro-batches of unequal shares give the curvature and the gradients of the batch, inside the predicted peak."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 48, 3), nn.Tanh(), nn.Conv2d(48, 48, 3), nn.Tanh(), nn.Flatten(), nn.Linear(768, 4)
+    )
+    mine = batch(1, 14)
+
+    def loss_fn(m, b):
+        return F.cross_entropy(m(b[0]), b[1])
+
+    whole = made(model)
+    expected = look(whole, lambda: loss_fn(model, mine))
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    pruner = made(model)
+    roomy = cpd.fit_memory(model, mine, loss_fn, memory_limit="1GiB", backward=pruner.backward).choice
+    part = tuple(t[:5] for t in mine)
+    limit = cpd.fit_memory(model, part, loss_fn, memory_limit="1GiB", backward=pruner.backward).choice.predicted_peak
+    fit = cpd.fit_memory(model, mine, loss_fn, memory_limit=limit, backward=pruner.backward)
+    assert roomy.micro_batch is None and fit.choice.micro_batch == 5  # and 4 at the end
+    tracker = PeakMemory([*model.parameters(), *mine])
+    with tracker:
+        loss = fit.backward(mine)
+    assert 0.5 * fit.choice.predicted_peak < tracker.peak <= fit.choice.predicted_peak
+    assert loss == pytest.approx(float(loss_fn(model, mine)), rel=1e-5)
+    found = torch.stack(list(pruner._in_training.take()))
+    assert (found - expected).abs().sum() < 2e-3 * expected.abs().sum()
+    for p, g in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, g)
+
+    beside = [p.grad.clone() for p in model.parameters()]  # bit for bit those of the fit alone
+    model.zero_grad()
+    alone = cpd.fit_memory(model, mine, loss_fn, memory_limit="1GiB")
+    alone._choices[next(iter(alone._choices))] = fit.choice
+    alone.backward(mine)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), beside, strict=True))
 
 
 def test_scaler_and_autocast():

@@ -17,11 +17,13 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from cpd_fast.errors import MemoryLimitError
-from cpd_fast.memory.batches import BatchLoss, Split, count_samples, first_part, split_batch
+from cpd_fast.memory.batches import BatchLoss, Closure, Part, Split, count_samples, first_part, split_batch
 from cpd_fast.memory.tensors import RESERVE, PeakMemory, bytes_text, device_of, faked, parse_bytes, size_of
 
 LossFn = Callable[..., Tensor]
+Backward = Callable[[Closure, torch.amp.GradScaler | None], Tensor]
 BATCH_NORM_NEEDS = 16  # samples for statistics worth having (Wu & He, arXiv:1803.08494, figure 1)
+_WAITING = 4 * 2**20  # bytes of gradients that a pruner lets wait for one reduction
 _FOREACH_COPIES = 2  # of the parameters, which a multi-tensor optimizer holds for a moment
 
 
@@ -66,9 +68,11 @@ class MemoryFit:
         limit: int,
         teacher: nn.Module | None,
         split: Split | None,
+        backward: Backward | None,
     ) -> None:
         self.model, self.limit = model, limit
         self._loss_fn, self._optimizer, self._split = loss_fn, optimizer, split
+        self._own_backward = backward
         self._teachers = {False: teacher}
         self._choices: dict[Any, MemoryChoice] = {}
         self.choice = self._choice(batch)
@@ -100,9 +104,7 @@ class MemoryFit:
             for i, part in enumerate(loss.parts):
                 waits = i + 1 < len(loss.parts) and hasattr(self.model, "no_sync")
                 with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                    value = part.closure() * part.weight
-                    (value if scaler is None else scaler.scale(value)).backward()  # type: ignore[no-untyped-call]
-                    total += float(value.detach())
+                    total += float((self._own_backward or _backward)(partial(_share_of, part), scaler))
         return total
 
     def _loss(self, half_teacher: bool) -> Callable[[nn.Module, Any], Tensor]:
@@ -209,7 +211,8 @@ class MemoryFit:
             stack.enter_context(torch.random.fork_rng([]))
             try:
                 with mode, tracker:
-                    for _ in range(2 if divided else 1):  # the second meets the gradients of the first
+                    # the second meets the gradients of the first
+                    for _ in range(2 if divided or self._own_backward is not None else 1):
                         (loss_of(model, part) * 1.0).backward()  # type: ignore[no-untyped-call]
             except MemoryLimitError:
                 raise
@@ -222,6 +225,8 @@ class MemoryFit:
             size = sum(t.numel() * t.element_size() for t in trained)
             for t in trained:
                 t.grad = None
+        if self._own_backward is not None:  # keeps what takes parameters and buffers back, and gradients that it sums
+            peak += size + min(size, _WAITING) + 2 * size_of(list(model.buffers()))
         state = int(self._state_ratio() * size)
         return max(peak + state, held + state + _FOREACH_COPIES * size)
 
@@ -247,6 +252,7 @@ def fit_memory(
     memory_limit: int | str | None = None,
     teacher: nn.Module | None = None,
     split: Split | None = None,
+    backward: Backward | None = None,
 ) -> MemoryFit:
     """Make a training step stay within a memory limit; nothing is computed or allocated to find out how.
 
@@ -267,6 +273,8 @@ def fit_memory(
             float16 in a copy, which takes and gives float32.
         split: ``(batch, size) -> micro-batches``, or pairs of one and its share of the batch's loss, e.g. of the
             labelled pixels.
+        backward: ``(closure, scaler) -> loss`` in place of ``closure().backward()`` for every micro-batch:
+            ``pruner.backward``, whose second pass is then within the limit too.
 
     Returns:
         A :class:`MemoryFit`; call its ``backward(batch)`` instead of ``loss.backward()``.
@@ -287,7 +295,18 @@ def fit_memory(
         >>> optimizer.step()
     """
     limit = _free_memory(model) if memory_limit is None else parse_bytes(memory_limit)
-    return MemoryFit(model, batch, loss_fn, optimizer, limit, teacher, split)
+    return MemoryFit(model, batch, loss_fn, optimizer, limit, teacher, split, backward)
+
+
+def _share_of(part: Part) -> Tensor:
+    """The loss of a micro-batch, as much as it counts for."""
+    return part.closure() * part.weight
+
+
+def _backward(closure: Closure, scaler: torch.amp.GradScaler | None) -> Tensor:
+    loss = closure()
+    (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
 
 
 def _free_memory(model: nn.Module) -> int:
