@@ -11,12 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from cpd_fast.cli.recipe import FIRST, WHAT, check_recipe, read_recipe, settings_fields, to_yaml
+from cpd_fast.cli.recipe import FIRST, WHAT, allowed, check_recipe, read_recipe, settings_fields, to_yaml
 from cpd_fast.cli.shared import as_json, show_results
 from cpd_fast.config import TARGETS, ConfigError
 from cpd_fast.errors import RunFolderError
 
-WHAT_PANEL, FIRST_PANEL, MORE_PANEL = "What is compressed", "How", "How, in detail (each has a default for the task)"
+WHAT_PANEL = "What is compressed"
+FIRST_PANEL = "How (data and recipe may have other defaults: --dry-run shows them)"
+MORE_PANEL = "How, in detail"
 
 
 def command(
@@ -152,25 +154,27 @@ def _with_flags(function: Callable[..., None]) -> Callable[..., None]:
     """Give the command one flag for every name of a recipe: typer reads them from the signature."""
     own = inspect.signature(function, eval_str=True).parameters
     flags = [
-        _flag(name, kind, text, None if default is None else str(default), WHAT_PANEL)
+        _flag(name, kind, f"{text}{_in_brackets('', default)}", WHAT_PANEL)
         for name, (kind, default, text) in WHAT.items()
     ]
     for name, field in settings_fields().items():
-        low, high = field.metadata.get("low"), field.metadata.get("high")
-        limits = "" if low is None else f" ({low:g} to {high:g})"
-        panel = FIRST_PANEL if name in FIRST else MORE_PANEL
-        default = field.default if name == "seed" or name in TARGETS else f"{field.default}; the task may have another"
-        flags.append(_flag(name, type(field.default), f"{field.metadata.get('help', '')}{limits}", str(default), panel))
+        values = allowed(field) if {"low", "choices"} & field.metadata.keys() else ""
+        text = field.metadata["help"] + _in_brackets(values if values != "names" else "", field.default)
+        flags.append(_flag(name, type(field.default), text, FIRST_PANEL if name in FIRST else MORE_PANEL))
     parameters = [p for p in own.values() if p.kind is not inspect.Parameter.VAR_KEYWORD] + flags
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
     return function
 
 
-def _flag(name: str, kind: type, text: str, default: str | None, panel: str) -> inspect.Parameter:
-    option = typer.Option(
-        f"--{name.replace('_', '-')}", help=text, show_default=default or False, rich_help_panel=panel
-    )
+def _in_brackets(values: str, default: Any) -> str:
+    """What a flag may be and is."""
+    parts = [*([values] if values else []), *([] if default in (None, "") else [f"default {default}"])]
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _flag(name: str, kind: type, text: str, panel: str) -> inspect.Parameter:
+    option = typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False, rich_help_panel=panel)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

@@ -32,6 +32,19 @@ def settings_fields() -> dict[str, dataclasses.Field[Any]]:
     return {n: fields[n] for n in (*FIRST, *(n for n in fields if n not in FIRST))}
 
 
+def allowed(field: dataclasses.Field[Any]) -> str:
+    """Which values a setting may have.
+
+    Example:
+        >>> allowed(settings_fields()["seed"]), allowed(settings_fields()["granularity"])
+        ('0 to 2,147,483,647', 'dim, head')
+    """
+    about = field.metadata
+    if "low" in about:
+        return f"{about['low']:,.10g} to {about['high']:,.10g}"
+    return "bytes" if "memory" in about else ", ".join(about["choices"]) or "names"
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The names and values of a YAML recipe; dashes in names mean underscores.
 

@@ -56,7 +56,7 @@ class Talk:
     def say(self, text: str) -> None:
         """One line."""
         if not self._quiet:
-            self.console.print(text)
+            self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:

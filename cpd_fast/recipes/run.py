@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from cpd_fast import store
 from cpd_fast.config import CompressConfig
-from cpd_fast.data import Split
+from cpd_fast.data import DataSplits, Split
 from cpd_fast.distill import ChannelWiseKL, LogitKL
 from cpd_fast.errors import BackendError, FileFormatError, RunFolderError, TrainingError
 from cpd_fast.packages import ONNX, PICTURES, SEARCH, require
@@ -92,6 +92,7 @@ def run_recipe(
     with RunFolder(run_dir, asked, command) as folder, StopRequest() as stop:
         with talk or Talk() as voice:
             run = run_class(loaded, config, folder, voice, stop, folder.command)
+            voice.say(_told(loaded.data))
             if choice is not None:
                 folder.write(CHOICE, choice)
             if (folder.path / CHOICE).exists():
@@ -106,6 +107,16 @@ def run_recipe(
                     said = "There is no checkpoint yet; the same command begins anew."
                 voice.say(f"\nStopped. {said}")
                 raise
+
+
+def _told(data: DataSplits) -> str:
+    """What the data are, in a line: a folder that was taken for another layout shows here."""
+    layout = f" ({data.source['layout']})" if "layout" in data.source else ""
+    counts = ", ".join(f"{len(getattr(data, s).images):,} {s}" for s in ("train", "val", "test"))
+    shape = "x".join(map(str, data.train.images.shape[1:]))
+    more = f" and {len(data.classes) - 8} more" if len(data.classes) > 8 else ""
+    classes = f"{len(data.classes)} classes: {', '.join(data.classes[:8])}{more}"
+    return f"{data.name}{layout}: {counts} pictures of {shape}; {classes}"
 
 
 @dataclass

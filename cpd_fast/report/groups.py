@@ -86,7 +86,7 @@ def groups_figure(graph: ChannelGraph) -> str:
         '<div class="legend"><span><i class="dot makes"></i>produces, or goes with</span>'
         '<span><i class="dot reads"></i>reads</span><span><i class="dash"></i>frozen</span></div>'
     )
-    note = '<p class="fine">A line is a group; hover over it, or look it up below, for its name and state.</p>'
+    note = '<p class="fine">A line is a group; hover over it for its name and state.</p>'
     return f'{legend}<div class="scroll">{svg}</div>{note}'
 
 

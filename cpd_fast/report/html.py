@@ -8,7 +8,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from cpd_fast.report.charts import class_changes, quality_over_training
+from cpd_fast.report.charts import LEFT, WIDTH, class_changes, quality_over_training
 from cpd_fast.report.results import MOST_CLASSES, Histogram, Results, Side, class_rows, millions, table
 
 PAGE = Path(__file__).with_name("page.css")
@@ -229,7 +229,7 @@ def _histogram(h: Histogram) -> str:
 
 def _curve(r: Results) -> str:
     """Loss over all steps, one stretch a stage, with the pruning events."""
-    width, height = 900, 220
+    width, height = WIDTH - LEFT, 220  # the stages are below those of the chart above
     stages = list(dict.fromkeys(s for s, _, _ in r.curve))
     top = sorted(v for _, _, v in r.curve)[int(0.98 * (len(r.curve) - 1))] * 1.05 or 1.0
     n, parts, start = len(r.curve), [], 0
@@ -254,7 +254,8 @@ def _curve(r: Results) -> str:
                 parts.append(f'<text class="small" x="{x + 3:.1f}" y="34">{share:.0%}</text>')
         start += len(values)
     return (
-        f'<div class="scroll"><svg class="wide" viewBox="0 0 {width} {height + 4}" role="img" aria-label="loss">'
+        f'<div class="scroll"><svg class="wide" viewBox="{-LEFT} 0 {WIDTH + 4} {height + 4}" role="img" '
+        'aria-label="loss">'
         f"{''.join(parts)}<path class=axis d='M0 {height}.5H{width}'/></svg></div>"
         f'<p class="fine">Loss of every step (0 to {top:.2f}); while distilling, the imitation term is part of it. '
         "Dashed: channels scored and masked, with the share of MACs that remains.</p>"

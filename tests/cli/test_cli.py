@@ -153,9 +153,13 @@ def test_version_comes_from_one_place(run):
 
 def test_settings_are_listed(run):
     settings = {s["name"]: s for s in json.loads(run("settings", "--json")[1])}
-    assert settings["round_to"]["default"] == 8 and settings["round_to"]["allowed"] == "1 to 1024"
+    assert (
+        settings["round_to"]["default"] == 8
+        and settings["round_to"]["allowed"] == "1 to 1,024"
+        and settings["round_to"]["high"] == 1024
+    )
     code, out, _ = run("settings")
-    assert code == 0 and "round_to 8 1 to 1024" in out
+    assert code == 0 and "round_to 8 1 to 1,024 kept channels" in out
 
 
 def test_compress_calls_the_recipe_and_ends_with_table_and_path(run, finished, monkeypatch, tmp_path):
