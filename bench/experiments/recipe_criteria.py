@@ -1,4 +1,4 @@
-"""Which criterion should the recipe score by? ``recipes.cpd`` as it ships, with only the criterion changed.
+"""How should the recipe remove channels? ``recipes.cpd`` as it ships, with only the criterion changed, or the preset.
 
 All runs of a task and seed share one teacher; batches, probes, schedule and losses are the recipe's. One JSON line a
 finished run; a killed experiment goes on with the run that it was in.
@@ -29,6 +29,7 @@ CRITERIA = {
     "GroupFisher": lambda n, seed: cpd.GroupFisher(),
     "Taylor": lambda n, seed: cpd.Taylor(),
 }
+PRESETS = ("best", "released")  # in place of events
 
 
 def run_class(criterion, teachers):
@@ -59,7 +60,8 @@ def run_class(criterion, teachers):
 
 def measure(folder, task, seed, criterion, target):
     where = folder / f"{task}-{seed}-{criterion}-{target}"
-    found = run_recipe("cpd", run_class(criterion, folder), task, target, where, None, "", Talk(), {"seed": seed})
+    settings = {"seed": seed, "preset": criterion if criterion in PRESETS else "events"}
+    found = run_recipe("cpd", run_class(criterion, folder), task, target, where, None, "", Talk(), settings)
     shutil.rmtree(where)
     return {"task": task, "seed": seed, "criterion": criterion, "target": target, **found}
 
@@ -69,6 +71,7 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--task", default="climate")
     parser.add_argument("--target", type=float, default=0.5)
+    parser.add_argument("--only", nargs="+", default=[*CRITERIA, *PRESETS], choices=[*CRITERIA, *PRESETS])
     parser.add_argument("--collect", type=Path, help="write all finished runs as one JSON file and stop")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,7 @@ def main():
         asked.collect.write_text(json.dumps(list(cells.rows.values()), indent=1) + "\n")
         return
     for seed in SEEDS:
-        for criterion in CRITERIA:
+        for criterion in asked.only:
             name = f"{asked.task} macs={asked.target:g} {criterion} seed={seed}"
             cells.get(name, lambda: measure(asked.folder, asked.task, seed, criterion, asked.target))  # noqa: B023
 
