@@ -13,11 +13,12 @@ from torch import nn
 import cpd_fast.comb.rules  # noqa: F401  (fills the rule table)
 from cpd_fast.adapters import adapt, register_adapter
 from cpd_fast.comb.calls import register_rule
+from cpd_fast.comb.forward import run_trace
 from cpd_fast.comb.labels import LabelStore
 from cpd_fast.comb.meta import clone_to_meta, example_args, has_hooks, tensor_names
 from cpd_fast.comb.planes import Plane, State, freeze_dims
 from cpd_fast.comb.resolve import fingerprint, resolve
-from cpd_fast.comb.trace import Tracer, run_trace
+from cpd_fast.comb.trace import Tracer
 from cpd_fast.comb.training import TrainingWatch
 from cpd_fast.comb.walk import named_tensors
 from cpd_fast.errors import CpdError, PlanError, TraceError

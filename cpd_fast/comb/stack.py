@@ -27,7 +27,7 @@ def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
         call = Call(f"call {name}", (), {}, None)
 
         def enter(_m: nn.Module, args: Any, kwargs: Any, name: str = name, call: Call = call) -> None:
-            if name and args and isinstance(args[0], Tensor) and not tracer._suspended:
+            if name and args and isinstance(args[0], Tensor) and not tracer.is_suspended:
                 with torch._C.DisableTorchFunction():
                     tracer.step(call, args[0], tracer.state(args[0]))
             tracer.stack.append(name)
@@ -36,14 +36,14 @@ def module_stack(clone: nn.Module, tracer: Tracer) -> Iterator[None]:
             if tracer.watch is not None:
                 tracer.watch.enter(tracer, args, kwargs)
             if name in tracer.transparent:
-                tracer._suspended = True
+                tracer.is_suspended = True
 
         def leave(m: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             name = tracer.stack.pop()
             tracer.sized.pop()
             tracer.attended.pop()
             if name in tracer.transparent:
-                tracer._suspended = False
+                tracer.is_suspended = False
                 tracer.set_state(out, tracer.state(args[0]))
             keeps_scale = type(m) is nn.Identity or getattr(m, "keeps_attention_scale", False)
             if keeps_scale and isinstance(out, Tensor) and not tracer.replay:

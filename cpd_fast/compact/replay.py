@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from cpd_fast.adapters import adapt
 from cpd_fast.comb.calls import Call
+from cpd_fast.comb.forward import run_trace
 from cpd_fast.comb.labels import LabelCheck
 from cpd_fast.comb.meta import clone_to_meta, tensor_names
 from cpd_fast.comb.planes import Plane, State
 from cpd_fast.comb.sizes import SizeFix, fit, with_sizes
-from cpd_fast.comb.trace import Tracer, run_trace
+from cpd_fast.comb.trace import Tracer
 from cpd_fast.comb.walk import named_modules
 from cpd_fast.compact.shrink import box_shape
 from cpd_fast.errors import CompactError
@@ -126,13 +127,13 @@ class ReplayTracer(Tracer):
     def mark(self) -> Mark:
         """Where the trace is now."""
         resizes = {name: dict(fixes) for name, fixes in self.resizes.items()}
-        position = (list(self.stack), list(self.sized), self.function, self._suspended)
+        position = (list(self.stack), list(self.sized), self.function, self.is_suspended)
         return Mark(self.done, position, len(self.journal or ()), len(self.scales), resizes)
 
     def rewind(self, mark: Mark) -> None:
         """Forget what came after ``mark``."""
         self.done, self.wrong = mark.done, frozenset()
-        stack, sized, self.function, self._suspended = mark.position
+        stack, sized, self.function, self.is_suspended = mark.position
         self.stack[:], self.sized, self.attended = stack, list(sized), [0] * len(stack)  # a replay counts no attention
         for key, state in reversed((self.journal or [])[mark.states :]):
             if state is None:

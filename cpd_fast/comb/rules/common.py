@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpd_fast.comb.calls import Call
 from cpd_fast.comb.leaves import leaves
-from cpd_fast.comb.trace import Call, Tracer
+from cpd_fast.comb.trace import Tracer
 
 Shape = tuple[int, ...]
 POOLS = "a pooling window or interpolation runs over this axis"
