@@ -132,8 +132,10 @@ def run(
         from cpd_fast.report.tensorboard import write_scalars
 
         write_scalars(result.results, folder / "tensorboard")
+        print(f"Scalars: {(folder / 'tensorboard').resolve()}", file=sys.stderr)
     if json:
         as_json(result.results.to_json())
+        print(f"Report: {result.report.resolve()}", file=sys.stderr)
     else:
         show_results(result.results, result.report)
 

@@ -112,8 +112,8 @@ def check_recipe(
 
 
 def source_faults(what: Mapping[str, Any]) -> list[str]:
-    """Faults of model, data and layout that show without loading them."""
-    from cpd_fast.cli.models import KINDS
+    """Faults of model, data and layout that show before one is built and the other read."""
+    from cpd_fast.cli.models import KINDS, ModelError, model_source
     from cpd_fast.data.folders import LAYOUTS
     from cpd_fast.recipes import TASKS
 
@@ -132,6 +132,11 @@ def source_faults(what: Mapping[str, Any]) -> list[str]:
         and not (model.startswith(("timm/", "smp/", "hf/")) or (":" in model and "/" not in model))
     ):
         faults.append(f"model {model!r}: expected {KINDS}")
+    elif model is not None:
+        try:
+            model_source(model)
+        except ModelError as e:
+            faults.append(str(e))
     if what.get("layout") not in (*LAYOUTS, None):
         faults.append(f"layout {what['layout']!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     return faults

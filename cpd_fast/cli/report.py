@@ -7,28 +7,30 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from cpd_fast.cli.shared import as_json, show_results, show_table
+from cpd_fast.cli.shared import TABLE_HEAD, as_json, show_table
 from cpd_fast.errors import RunFolderError
 from cpd_fast.report import (
     Results,
     comparison_json,
     comparison_markdown,
+    render,
     render_comparison,
+    table,
     to_markdown,
-    write_report,
 )
 from cpd_fast.report.compare import HEAD, cells, rows_of
 
-RESULTS = "results.json"
+RESULTS, COMPARISON = "results.json", "comparison.html"
 
 
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
     json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the numbers as Markdown instead.")] = False,
-    out: Annotated[Path, typer.Option(help="The page that compares several runs.")] = Path("comparison.html"),
+    out: Annotated[
+        Path | None, typer.Option(help="The page; default RUN/report.html, or comparison.html of several runs.")
+    ] = None,
 ) -> None:
     """Print the before/after table of a finished run and write its HTML report anew; compare several runs.
 
@@ -38,7 +40,7 @@ def command(
         RunFolderError: If no run is finished or the page cannot be written.
     """
     if len(runs) == 1:
-        _one(runs[0], _results(runs[0]), json, markdown)
+        _one(runs[0], _results(runs[0]), json, markdown, out)
         return
     finished = [run for run in runs if (run / RESULTS).is_file()]
     for run in runs:
@@ -52,12 +54,25 @@ def command(
     elif markdown:
         print(comparison_markdown(read), end="")
     else:
-        try:
-            out.write_text(render_comparison(read))
-        except OSError as e:
-            raise RunFolderError(f"{out}: cannot be written: {e.strerror}; give another --out") from e
+        out = out or Path(COMPARISON)
         show_table(HEAD, cells(rows_of(read)))
-        Console(highlight=False).print(f"\nReport: {out.resolve()}", soft_wrap=True)
+    if out is not None:
+        _write(out, render_comparison(read), json or markdown)
+
+
+def _write(page: Path, text: str, quiet: bool) -> None:
+    """Write a page and say where; ``quiet``: not among the results.
+
+    Raises:
+        RunFolderError: If it cannot be written.
+    """
+    try:
+        page.write_text(text)
+    except OSError as e:
+        raise RunFolderError(f"{page}: cannot be written: {e.strerror}; give another --out") from e
+    if not quiet:
+        print()
+    print(f"Report: {page.resolve()}", file=sys.stderr if quiet else sys.stdout)
 
 
 def _results(run: Path) -> Results:
@@ -67,16 +82,13 @@ def _results(run: Path) -> Results:
     return Results.from_json(path.read_text(), str(path))
 
 
-def _one(run: Path, results: Results, json: bool, markdown: bool) -> None:
+def _one(run: Path, results: Results, json: bool, markdown: bool, out: Path | None) -> None:
     if json:
         as_json(results.to_json())
     elif markdown:
         print(to_markdown(results), end="")
     else:
-        try:
-            page = write_report(results, run)
-        except OSError as e:
-            raise RunFolderError(
-                f"{run}: report.html cannot be written: {e.strerror}; choose a folder you may write"
-            ) from e
-        show_results(results, page)
+        out = out or run / "report.html"
+        show_table(TABLE_HEAD, table(results))
+    if out is not None:
+        _write(out, render(results, run), json or markdown)

@@ -12,12 +12,13 @@ from rich.table import Table
 
 from cpd_fast.report import Results, table
 
+TABLE_HEAD = ("", "before", "after", "change")
 WHOLE = 10_000  # characters, wider than any table
 
 
 def show_results(results: Results, page: Path) -> None:
     """Print the before/after table and the path of the report."""
-    show_table(("", "before", "after", "change"), table(results))
+    show_table(TABLE_HEAD, table(results))
     Console(highlight=False).print(f"\nReport: {page.resolve()}", soft_wrap=True)
 
 

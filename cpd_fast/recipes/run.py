@@ -92,6 +92,7 @@ def run_recipe(
     with RunFolder(run_dir, asked, command) as folder, StopRequest() as stop:
         with talk or Talk() as voice:
             run = run_class(loaded, config, folder, voice, stop, folder.command)
+            voice.say(f"Run folder: {folder.path}")
             voice.say(_told(loaded.data))
             if choice is not None:
                 folder.write(CHOICE, choice)

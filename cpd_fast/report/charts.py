@@ -8,7 +8,7 @@ from html import escape
 from cpd_fast.report.results import Results, class_rows
 
 WIDTH, HEIGHT = 900, 200
-LEFT, BOTTOM = 44, 30  # room for the labels of the axes
+LEFT, BOTTOM = 52, 30  # room for the labels of the axes
 
 
 def quality_name(r: Results) -> str:

@@ -28,6 +28,9 @@ class Row:
         before: mIoU or accuracy of the original, test split.
         after: Of the compressed network.
         quality: What these two are: ``"mIoU"`` or ``"accuracy"``.
+        macs: Multiply-accumulates of the compressed network.
+        params: Its parameters.
+        latency_ms: Its latency, milliseconds; None where it was not measured.
     """
 
     run: str
@@ -39,6 +42,9 @@ class Row:
     before: float
     after: float
     quality: str
+    macs: int
+    params: int
+    latency_ms: float | None
 
 
 def rows_of(runs: Sequence[tuple[str, Results]]) -> list[Row]:
@@ -49,7 +55,7 @@ def rows_of(runs: Sequence[tuple[str, Results]]) -> list[Row]:
         speed = a.latency_ms / b.latency_ms if a.latency_ms and b.latency_ms else None
         rows.append(
             Row(name, r.model, r.task, b.macs / a.macs, b.params / a.params, speed,
-                main_quality(r, False), main_quality(r, True), quality_name(r))
+                main_quality(r, False), main_quality(r, True), quality_name(r), b.macs, b.params, b.latency_ms)
         )  # fmt: skip
     return rows
 

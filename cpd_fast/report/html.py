@@ -233,7 +233,7 @@ def _curve(r: Results) -> str:
     stages = list(dict.fromkeys(s for s, _, _ in r.curve))
     top = sorted(v for _, _, v in r.curve)[int(0.98 * (len(r.curve) - 1))] * 1.05 or 1.0
     n, parts, start = len(r.curve), [], 0
-    titles = {"teacher": "teacher", "prune": "prune + distil", "finetune": "fine-tune + distil"}
+    titles = {"teacher": "teacher", "prune": "prune", "finetune": "fine-tune"}
     for stage in stages:
         values = [v for s, _, v in r.curve if s == stage]
         every = max(1, len(values) * len(stages) // MAX_POINTS)

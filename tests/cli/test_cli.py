@@ -98,6 +98,14 @@ def test_report_shows_the_table_and_the_path(run, finished):
     assert "Parameters" in out and f"Report: {finished.report}" in out and finished.report.is_file()
 
 
+def test_report_of_one_run_elsewhere(run, finished, tmp_path):
+    page = tmp_path / "page.html"
+    code, out, err = run("report", finished.run_dir, "--out", page)
+    assert code == 0 and err == "" and f"Report: {page}" in out and page.read_text() == finished.report.read_text()
+    code, out, err = run("report", finished.run_dir, "--out", tmp_path / "no" / "page.html")
+    assert code == 1 and "page.html: cannot be written" in err
+
+
 def test_report_as_json(run, finished):
     code, out, _ = run("report", finished.run_dir, "--json")
     assert code == 0 and Results.from_json(out) == finished.results and json.loads(out)["version"] == 1
@@ -123,6 +131,10 @@ def test_runs_are_compared_and_unfinished_ones_named(run, finished, tmp_path):
     page = tmp_path / "page.html"
     code, out, _ = run("report", finished.run_dir, finished.run_dir, "--out", page)
     assert code == 0 and f"Report: {page}" in out and page.read_text().startswith("<!doctype html>")
+    for kind in ("--json", "--markdown"):  # the page only where it is asked for, and said beside the results
+        page.unlink()
+        code, out, err = run("report", finished.run_dir, finished.run_dir, kind, "--out", page)
+        assert code == 0 and err == f"Report: {page}" and page.is_file() and "Report:" not in out
     code, out, err = run("report", tmp_path, tmp_path / "begun")
     assert code == 1 and out == "" and "none of the 2 folders holds a results.json" in err
 

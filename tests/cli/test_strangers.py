@@ -120,6 +120,7 @@ def test_classifier_on_a_folder_of_pictures(here, call, no_onnx):
     asked = flags(model="mine:classifier", data="photos", size=8, target_macs=0.5, run_dir="run", **QUICK)
     code, out, err = call("compress", *asked, "--json")
     assert code == 0, err
+    assert err.startswith("Run folder: run\n") and err.endswith(f"Report: {here / 'run/report.html'}\n")
     assert "photos (image-folder): 16 train, 8 val, 8 test pictures of 3x8x8; 2 classes: blue, red\n" in err
     numbers = json.loads(out)
     assert numbers["model"] == "mine:classifier" and numbers["classes"] == ["blue", "red"]
@@ -216,7 +217,9 @@ def test_data_from_a_function(here, call, no_onnx):
 def test_tensorboard_reads_what_a_run_wrote(here, call, no_onnx):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
     asked = flags(model="mine:classifier", data="mine:data", run_dir="run", **QUICK)
-    numbers = json.loads(call("compress", *asked, "--json", "--tensorboard")[1])
+    _, out, err = call("compress", *asked, "--json", "--tensorboard")
+    numbers = json.loads(out)
+    assert f"Scalars: {here / 'run/tensorboard'}\n" in err
     events = reader.EventAccumulator(str(here / "run/tensorboard")).Reload()
     for stage in ("teacher", "prune", "finetune"):
         wanted = [(n, v) for n, (s, _, v) in enumerate(numbers["curve"]) if s == stage]
@@ -251,6 +254,13 @@ def test_every_fault_of_a_recipe_is_listed(here, call):
         "prune_steps=0: expected a whole number from 1",
     ):
         assert text in err, err
+
+
+def test_a_model_that_is_not_there_is_listed_with_the_others(here, call):
+    code, out, err = call("compress", *flags(model="mine:nothing", data="nowhere", size=8))
+    err = " ".join(err.split())
+    assert code == 1 and out == "" and "flags: 2 faults" in err
+    assert "data 'nowhere' is unknown" in err and "module 'mine' has no attribute 'nothing'" in err
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_comparison_by_hand():
     first, second = json.loads(comparison_json(RUNS))
     assert first == {
         "run": "one", "model": "net & co", "task": "climate <b>", "macs_left": 0.5, "params_left": 0.4, "speed": 2.0,
-        "before": 0.75, "after": 0.74, "quality": "mIoU",
+        "before": 0.75, "after": 0.74, "quality": "mIoU", "macs": 1_000_000, "params": 400, "latency_ms": 4.0,
     }  # fmt: skip
     assert (second["macs_left"], second["after"], second["speed"]) == (0.25, 0.6, None)
 
