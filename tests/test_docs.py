@@ -3,6 +3,8 @@
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,17 @@ def test_commands_exist(page):
             assert words[1] in commands, line
             flags = {o for p in commands[words[1]].params for o in p.opts}
             assert {w for w in words if w.startswith("--")} <= flags, line
+
+
+def test_the_site_builds_and_shows_examples_as_code(tmp_path):
+    """What ``make docs`` does: a link that leads nowhere is an error."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "bench/results/cpd.png").is_file()
+    page = (tmp_path / "api/index.html").read_text()
+    assert '<span class="gp">&gt;&gt;&gt; </span>' in page and "<blockquote>\n<blockquote>" not in page
 
 
 def test_every_block_says_what_it_is():
