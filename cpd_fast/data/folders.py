@@ -58,7 +58,8 @@ def folder_data(root: str | Path, size: int | tuple[int, int] = 224, layout: str
     - ``segmentation``: ``images/train/NAME.jpg`` with ``masks/train/NAME.png`` (or ``annotations``, ``labels``), or
       ``train/images/NAME.jpg`` with ``train/masks/NAME.png``. Masks hold class numbers; 255 is not looked at. Names of
       the classes, one a line, may stand in ``classes.txt``.
-    - ``ade20k``: ``images/training``, ``annotations/training``, ``.../validation``; 0 in a mask is not looked at.
+    - ``ade20k``: ``images/training``, ``annotations/training``, ``.../validation``; 0 in a mask is not looked at; names
+      in ``objectInfo150.txt``.
     - ``cityscapes``: ``leftImg8bit/train/CITY/*_leftImg8bit.png`` with ``gtFine/.../*_labelTrainIds.png`` or
       ``*_labelIds.png``.
 
@@ -246,7 +247,8 @@ def _segmentation(root: Path, size: tuple[int, int], kind: str, found: Found) ->
     if kind == "cityscapes":
         classes, palette = tuple(CITYSCAPES), tuple(c for _, c in CITYSCAPES.values())
     else:
-        classes = _class_names(root, highest)
+        classes = _ade20k_names(root) if kind == "ade20k" else ()
+        classes = classes or _class_names(root, highest)
         palette = tuple(_colour(n) for n in range(len(classes)))
     if highest >= len(classes):
         raise DataError(f"{root}: masks hold class {highest}, but there are {len(classes)} names; 255 is not looked at")
@@ -269,6 +271,15 @@ def _class_names(root: Path, highest: int) -> tuple[str, ...]:
     if path.is_file():
         return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     return tuple(f"class {n}" for n in range(max(highest + 1, 2)))
+
+
+def _ade20k_names(root: Path) -> tuple[str, ...]:
+    """Names of the 150 classes, from the table that comes with the pictures; none without it or with others."""
+    path = root / "objectInfo150.txt"
+    if (root / "classes.txt").is_file() or not path.is_file():
+        return ()
+    rows = path.read_text().splitlines()[1:]
+    return tuple(row.split("\t")[-1].partition(",")[0].strip() for row in rows if row.strip())
 
 
 def _zero_is_nothing(mask: np.ndarray) -> np.ndarray:

@@ -110,6 +110,12 @@ def test_ade20k(tmp_path):
     data = folder_data(tmp_path, 8)
     assert data.source["layout"] == "ade20k" and len(data.classes) == 3
     assert data.train.labels[0, 0, 0] == IGNORE and data.train.labels[0, 0, -1] == 2  # 0 is nothing, 1 is class 0
+    names = ("wall", "building, edifice", "sky")
+    rows = [f"{n}\t0.1\t1\t1\t{name}" for n, name in enumerate(names, 1)]
+    (tmp_path / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows, ""]))
+    assert folder_data(tmp_path, 8).classes == ("wall", "building", "sky")
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    assert folder_data(tmp_path, 8).classes == ("a", "b", "c")
 
 
 @pytest.mark.parametrize(("kind", "road", "car"), [("labelIds", 7, 26), ("labelTrainIds", 0, 13)])
