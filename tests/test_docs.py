@@ -58,6 +58,7 @@ def test_the_site_builds_and_shows_examples_as_code(tmp_path):
     page = (tmp_path / "api/index.html").read_text()
     assert "doc-module" not in page  # where a function and a module have one name, mkdocstrings takes the module
     assert '<span class="gp">&gt;&gt;&gt; </span>' in page and "<blockquote>\n<blockquote>" not in page
+    assert not re.search(r":(func|meth|class):", page)
 
 
 def test_every_block_says_what_it_is():
