@@ -60,7 +60,8 @@ class CPDTrainerCallback(TrainerCallback):
             if self.pruner.criterion.data == "loss":
                 raise ScoreError(
                     f"CPDTrainerCallback: {type(self.pruner.criterion).__name__} needs the loss itself, and a callback "
-                    "sees gradients only; use Taylor(), or call pruner.step(closure) in a loop of your own"
+                    "sees gradients only; use Taylor(), or a cpd.Pruner in a loop of your own: pruner.step(closure), "
+                    "or for HessianTrace pruner.backward(closure) in place of loss.backward()"
                 )
         if state.global_step:
             saved = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / STATE

@@ -90,5 +90,7 @@ def refuse_closures(pruner: Pruner, owner: str) -> None:
     if pruner.criterion.data == "loss":
         raise ScoreError(
             f"{owner}: {type(pruner.criterion).__name__} needs the loss itself, and a hook sees gradients only; use "
-            "Taylor(), or call pruner.step(closure) in a loop of your own"
+            "Taylor(), or no callback: set automatic_optimization=False and let training_step call "
+            "pruner.step(closure) of a cpd.Pruner (HessianTrace: pruner.backward(closure) and pruner.step()) before "
+            "optimizer.step()"
         )

@@ -74,7 +74,8 @@ class CPDHook(Hook):
         if self.criterion.data == "loss":
             raise ScoreError(
                 f"CPDHook: {type(self.criterion).__name__} needs the loss itself, and a hook sees gradients only; use "
-                "dict(type='Taylor')"
+                "dict(type='Taylor'), or a cpd.Pruner in a loop of your own: pruner.step(closure), or for HessianTrace "
+                "pruner.backward(closure) in place of loss.backward()"
             )
         self.ignore, self.heads, self.options = ignore, heads, options
         self.pruner: Pruner | None = None

@@ -75,8 +75,40 @@ def test_lightning(pl, tmp_path):
     with pytest.raises(RuntimeError, match="nothing to compact before Trainer.fit"):
         CPDCallback(X, cpd.Target(macs=0.5)).compact()
     bad = CPDCallback(X, cpd.Target(macs=0.5), network="net", criterion=cpd.HessianTrace())
-    with pytest.raises(ScoreError, match="CPDCallback: HessianTrace needs the loss itself, and a hook sees gradients"):
+    with pytest.raises(
+        ScoreError, match="CPDCallback: HessianTrace needs the loss itself.*automatic_optimization=False"
+    ):
         bad.on_fit_start(None, Module())
+
+
+def test_lightning_with_curvature_by_manual_optimization(pl, tmp_path):
+    """What the callback's refusal says to do."""
+
+    class Module(pl.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+            schedule = cpd.Greedy(interval=2, steps=4)
+            self.pruner = cpd.Pruner(self.net, X, cpd.Target(macs=0.5), cpd.HessianTrace(), schedule, probe_every=1)
+
+        def training_step(self, batch, _):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.pruner.backward(lambda: F.cross_entropy(self.net(batch[0]), batch[1]))
+            self.pruner.step()
+            optimizer.step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    module = Module()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(max_epochs=2, default_root_dir=tmp_path, enable_checkpointing=False, **quiet)
+    trainer.fit(module, torch.utils.data.DataLoader(DATA, 6))
+    assert module.pruner.done and module.pruner.scores.info["engine"] == "finite_difference"
+    same_as_masked(module.net, module.pruner.compact())
 
 
 class Wrapped(nn.Module):
@@ -121,7 +153,7 @@ def test_huggingface(tmp_path):
     (tmp_path / "halves" / "checkpoint-6" / "cpd_pruner.pt").unlink()
     with pytest.raises(ScoreError, match="cpd_pruner.pt is missing: this checkpoint was made without pruning"):
         train(tmp_path / "halves", 7, resume=True)
-    with pytest.raises(ScoreError, match="CPDTrainerCallback: GroupFisher needs the loss itself"):
+    with pytest.raises(ScoreError, match="CPDTrainerCallback: GroupFisher needs the loss itself.*a loop of your own"):
         train(tmp_path / "bad", 1, criterion=cpd.GroupFisher())
 
 
