@@ -89,6 +89,9 @@ class CompressConfig:
     conv_groups: str = _choice(
         "channel", ("channel", "group"), "a channel of a grouped convolution: one of each conv group, or a conv group"
     )
+    on_unknown: str = _choice(
+        "error", ("error", "freeze"), "at an operator without a channel rule: stop, or keep all channels it touches"
+    )
     preset: str = _choice(
         "events", ("events", *PRESETS),
         "how channels are removed; events: scored on a few batches, prune_events times; else a preset of cpd.Pruner, "

@@ -231,8 +231,8 @@ class Run:
         """The groups, steered by the settings, and their drawing in the folder."""
         c = self.config
         graph = comb(
-            teacher, self.task.example_inputs(), c.listed("ignore"), granularity=c.granularity,
-            conv_groups=c.conv_groups, protect=c.listed("protect"),
+            teacher, self.task.example_inputs(), c.listed("ignore"), c.on_unknown, c.granularity, c.conv_groups,
+            c.listed("protect"),
         ).freeze(*c.listed("freeze"))  # fmt: skip
         self.folder.write(GROUPS, groups_figure(graph))
         return graph

@@ -10,7 +10,7 @@ import cpd_fast as cpd
 from cpd_fast import cli, recipes
 from cpd_fast.cli.recipe import check_recipe, read_recipe
 from cpd_fast.config import CompressConfig, ConfigError
-from cpd_fast.errors import PlanError
+from cpd_fast.errors import PlanError, UnsupportedOpError
 
 MORE = {"candidates": 2, "calibration_batches": 1, "search_images": 8, "rounds": 1, "round_steps": 2}
 
@@ -64,6 +64,28 @@ def test_whole_heads_and_conv_groups(tiny, tmp_path):
     again = cpd.load(tmp_path / "run" / "student.safetensors", Mixed().eval())
     x = torch.randn(2, 1, 16, 16)
     assert torch.equal(again(x), small(x))
+
+
+class Unruled(nn.Module):
+    """A network whose second layer is read by an operator without a channel rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mix, self.head = nn.Conv2d(1, 16, 3, stride=4), nn.Linear(16, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        t = self.mix(self.stem(x).relu().mean((2, 3)))
+        return self.head(t * torch.cdist(t, t).mean())
+
+
+def test_unknown_operators_stop_a_run_or_freeze_what_they_touch(tiny, tmp_path):
+    task = recipes.Task("unruled", "tiny", tiny.classification().data, Unruled)
+    with pytest.raises(UnsupportedOpError, match="cdist.*on_unknown='freeze'"):
+        tiny.run(tmp_path / "a", task)
+    small = tiny.run(tmp_path / "b", task, target=0.7, round_to=1, on_unknown="freeze").student
+    assert small.stem.out_channels < 16 and small.mix.out_features == 16
+    again = cpd.load(tmp_path / "b" / "student.safetensors", Unruled().eval())  # the file says what was frozen
+    assert again.stem.out_channels == small.stem.out_channels
 
 
 def test_a_name_that_matches_nothing_is_an_error(tiny, tmp_path):
