@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -287,8 +288,12 @@ def plot(studies: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     panels = [(name, "test") for name in studies] + [("small", "removal")] * ("small" in studies)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), squeeze=False)
-    for axis, (name, column) in zip(axes[0], panels, strict=True):
+    rows_of_four = math.ceil(len(panels) / 4)
+    figure, grid = plt.subplots(rows_of_four, 4, figsize=(18.4, 4.2 * rows_of_four), squeeze=False)
+    axes = grid.flatten()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (name, column) in zip(axes, panels, strict=False):
         rows = [r for r in studies[name]["rows"] if r["distil"] == "logits" and column in r]
         for number, method in enumerate(("best", *RIVALS, "published", "magnitude at once")):
             mine = sorted((r for r in rows if r["method"] == method and r["keep"] in STUDIES[name].keeps),
@@ -303,7 +308,7 @@ def plot(studies: dict[str, Any], path: Path) -> None:
         axis.title.set_fontsize(9)
         axis.set_xlim(0, 0.8)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
