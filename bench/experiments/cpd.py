@@ -293,22 +293,23 @@ def plot(studies: dict[str, Any], path: Path) -> None:
     axes = grid.flatten()
     for axis in axes[len(panels) :]:
         axis.remove()
+    seen: dict[str, Any] = {}
     for axis, (name, column) in zip(axes, panels, strict=False):
         rows = [r for r in studies[name]["rows"] if r["distil"] == "logits" and column in r]
         for number, method in enumerate(("best", *RIVALS, "published", "magnitude at once")):
             mine = sorted((r for r in rows if r["method"] == method and r["keep"] in STUDIES[name].keeps),
                           key=lambda r: r["keep"])  # fmt: skip
             if mine:
-                axis.errorbar([r["macs"]["mean"] for r in mine], [r[column]["mean"] for r in mine],
-                              [r[column]["std"] for r in mine], marker="o", capsize=3, color=f"C{number}",
-                              label=method)  # fmt: skip
+                seen[method] = axis.errorbar([r["macs"]["mean"] for r in mine], [r[column]["mean"] for r in mine],
+                                             [r[column]["std"] for r in mine], marker="o", capsize=3,
+                                             color=f"C{number}")  # fmt: skip
         when = "after fine-tuning, test" if column == "test" else "right after removal, BN re-estimated, val"
         axis.set(title=f"{studies[name]['network']}\n{when}", xlabel="share of the MACs that remains",
                  ylabel=f"{studies[name]['figure']}, %")  # fmt: skip
         axis.title.set_fontsize(9)
         axis.set_xlim(0, 0.8)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[0].legend(seen.values(), seen, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
