@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -145,6 +145,7 @@ def test_masked_equals_compacted(specs, keep, seed):
     graph = comb(model, x)
     frozen = [g for g in graph.groups if not g.prunable and "repaired" in (g.reason or "")]
     assert not frozen, f"a size could not be repaired: {frozen[0].reason}"
+    assume(graph.prunable_groups)  # channels that fill whole norm groups may hang together, all of them
     plan = random_plan(graph, keep=keep, generator=torch.Generator().manual_seed(seed))
     small = compact(model, graph, plan)
     with torch.no_grad(), masked(model, graph, plan) as m:
