@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cpd_fast.errors import MemoryLimitError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+WAITING = 4 * 2**20  # bytes of gradients that a probe lets wait for one reduction: a call a parameter costs as much
 RESERVE = 0.05  # of a limit: workspaces of libraries and fragmentation, which no tensor shows
 
 

@@ -18,12 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from cpd_fast.errors import MemoryLimitError
 from cpd_fast.memory.batches import BatchLoss, Closure, Part, Split, count_samples, first_part, split_batch
-from cpd_fast.memory.tensors import RESERVE, PeakMemory, bytes_text, device_of, faked, parse_bytes, size_of
+from cpd_fast.memory.tensors import RESERVE, WAITING, PeakMemory, bytes_text, device_of, faked, parse_bytes, size_of
 
 LossFn = Callable[..., Tensor]
 Backward = Callable[[Closure, torch.amp.GradScaler | None], Tensor]
 BATCH_NORM_NEEDS = 16  # samples for statistics worth having (Wu & He, arXiv:1803.08494, figure 1)
-_WAITING = 4 * 2**20  # bytes of gradients that a pruner lets wait for one reduction
 _FOREACH_COPIES = 2  # of the parameters, which a multi-tensor optimizer holds for a moment
 
 
@@ -226,7 +225,7 @@ class MemoryFit:
             for t in trained:
                 t.grad = None
         if self._own_backward is not None:  # keeps what takes parameters and buffers back, and gradients that it sums
-            peak += size + min(size, _WAITING) + 2 * size_of(list(model.buffers()))
+            peak += size + min(size, WAITING) + 2 * size_of(list(model.buffers()))
         state = int(self._state_ratio() * size)
         return max(peak + state, held + state + _FOREACH_COPIES * size)
 

@@ -95,9 +95,15 @@ class Channels:
         return found
 
     @functools.cached_property
+    def _at(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Where the input and the result hold their channels."""
+        read, written = ({c: i for i, c in enumerate(channels)} for channels in (self.present, self.held))
+        return read, written
+
+    @functools.cached_property
     def planes(self) -> Planes:
         """Of a layer with a group for each channel: the planes that are convolved, and those that are not."""
-        read, written = ({c: i for i, c in enumerate(channels)} for channels in (self.present, self.held))
+        read, written = self._at
         alive = set(self.inputs)
         live = [c for c in self.outputs if c in alive]
         lonely = [c for c in self.outputs if c not in alive]
@@ -111,7 +117,7 @@ class Channels:
     def buckets(self) -> list[Bucket]:
         """The live part of every group, those of equal shape together; groups without live outputs are left out."""
         per_in = self.in_channels // self.groups
-        read, written = ({c: i for i, c in enumerate(channels)} for channels in (self.present, self.held))
+        read, written = self._at
         shapes: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {}
         for rows, columns in self.members:
             if rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -170,9 +170,7 @@ class MaskHandle:
             return
         if not self._watching and (torch.is_grad_enabled() or execution.sites is not None):
             self._watch()
-        if not self._caching:
-            execution.taken = None
-        elif execution.taken is None:
+        if self._caching and execution.taken is None:
             execution.taken = {}
         execution.enter()
         self._running, self._runner = execution, ""
@@ -327,8 +325,7 @@ class MaskedModel(nn.Module):
         """
         self._handle.update(plan)
 
-    @contextmanager
-    def cached_weights(self) -> Iterator[None]:
+    def cached_weights(self) -> AbstractContextManager[None]:
         """Take masked weights out once a plan, not once a forward, while parameters do not change.
 
         For evaluation over many batches. Forwards that build a graph, and buffers, are as without it. A write to a
@@ -344,8 +341,7 @@ class MaskedModel(nn.Module):
             ...     with torch.no_grad():
             ...         outs = [m(x) for _ in range(3)]
         """
-        with self._handle.cached_weights():
-            yield
+        return self._handle.cached_weights()
 
     def explain(self) -> str:
         """How forwards run, and why so."""

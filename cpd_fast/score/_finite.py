@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from cpd_fast.errors import ScoreError
 from cpd_fast.memory import Part
+from cpd_fast.memory.tensors import WAITING as _WAITING
 from cpd_fast.ops import ReversibleStep
 from cpd_fast.score.criterion import Context, checked
 
 _RATIO = 8.0  # between the steps that are compared
 _MOST_SHIFTS = 4  # of the three steps, while the best lies at their edge
-_WAITING = 4 * 2**20  # bytes of gradients that wait for one reduction: a call a parameter costs as much as the sums
 
 
 @dataclass(frozen=True)
