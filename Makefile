@@ -2,6 +2,7 @@
 # `make demo DATA=fashion-mnist` runs it for classification. PASSIVE: threads that wait leave the core to others.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint zoo bench docs wheel clean
@@ -10,7 +11,7 @@ demo: .venv/demo.ok
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/cpd-fast compress --demo $(if $(DATA),--data $(DATA))
 
 test: lint
-	$(BIN)/pytest -rs
+	$(BIN)/pytest -rs -n $(WORKERS) --dist worksteal
 
 lint: .venv/test.ok
 	$(BIN)/ruff check .

@@ -145,10 +145,6 @@ def landscape() -> Task:
 SHORT = dict(batch=128, epoch=SHORT_EPOCH, teacher=9 * SHORT_EPOCH, prune=60, finetune=SHORT_EPOCH, lr_teacher=4e-3,
              lr=2e-3)  # fmt: skip
 LONG = {**SHORT, "epoch": EPOCH, "teacher": 4 * EPOCH, "prune": 140, "finetune": EPOCH}
-CLIMATE = dict(
-    batch=16, epoch=100, teacher=200, prune=60, finetune=100, lr_teacher=1.5e-3, lr=8e-4,
-    rivals=("uniform width", *RIVALS[2:]), round_to=8, temperature=1.0, weight=3.0,
-)  # fmt: skip
 STUDIES: dict[str, Study] = {
     "small": Study(partial(pictures, "ResNet 16/32/64"), **SHORT, keeps=(0.7, 0.5, 0.3, 0.2, 0.1, 0.05),
         losses=("none", "features", "logits+features", "logits, fine-tuning only"), is_ablated=True),
@@ -157,7 +153,9 @@ STUDIES: dict[str, Study] = {
     ),
     "resnext": Study(partial(pictures, "ResNeXt 16/32/64, 4 groups"), **SHORT, keeps=(0.3,)),
     "mobilenet": Study(partial(pictures, "MobileNet 12/24/48, expansion 3"), **SHORT, keeps=(0.3,)),
-    "climate": Study(landscape, **CLIMATE, keeps=(0.3,), losses=("none", "pixel KL", "CIRKD")),
-    # measured on another processor, so with teachers of its own
-    "climate-half": Study(landscape, **CLIMATE, keeps=(0.5,)),
+    "climate": Study(
+        landscape, batch=16, epoch=100, teacher=200, prune=60, finetune=100, lr_teacher=1.5e-3, lr=8e-4,
+        keeps=(0.3, 0.5), rivals=("uniform width", *RIVALS[2:]), losses=("none", "pixel KL", "CIRKD"), round_to=8,
+        temperature=1.0, weight=3.0,
+    ),
 }  # fmt: skip
