@@ -89,15 +89,15 @@ def test_compact_in_place():
     assert model.conv1.out_channels < 8 or model.conv2.out_channels < 6
 
 
-RESUMED = [
-    Taylor(),
-    HessianTrace(1),
-    HessianTrace(1, engine="finite_difference"),
-    Random(torch.Generator().manual_seed(4)),
-]
+RESUMED = {
+    "Taylor": Taylor(),
+    "HessianTrace": HessianTrace(1),
+    "HessianTrace, differences": HessianTrace(1, engine="finite_difference"),
+    "Random": Random(torch.Generator().manual_seed(4)),
+}
 
 
-@pytest.mark.parametrize("criterion", RESUMED, ids=str)
+@pytest.mark.parametrize("criterion", RESUMED.values(), ids=RESUMED)
 @pytest.mark.parametrize("stop", [3, 5, 6])
 def test_resumes_bit_for_bit(criterion, stop):
     """Killed in the middle of an interval, at its end, or between: the same plan and the same weights."""
