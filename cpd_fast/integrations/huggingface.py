@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cpd_fast.errors import ScoreError
+from cpd_fast.integrations._replay import Replay
 from cpd_fast.pruner import Pruner
 from cpd_fast.types import Target
 
@@ -25,13 +27,14 @@ STATE = "cpd_pruner.pt"
 class CPDTrainerCallback(TrainerCallback):
     """Scores every optimizer step and masks channels at the end of every interval; compacts on demand.
 
-    Gradients are read before the optimizer steps, after clipping and unscaling. The pruner's state is written into
-    every checkpoint folder of the Trainer and read from the one that it resumes from.
+    Gradients are read before the optimizer steps, after clipping and unscaling. A criterion that needs the loss itself
+    gets the one that the model returns for the last batch before a removal, in eval mode and without autocast. The
+    pruner's state is written into every checkpoint folder of the Trainer and read from the one that it resumes from.
 
     Args:
         example_inputs: What the model takes: a tensor, a tuple or a dict.
         target: What may remain.
-        **how: The other arguments of :class:`cpd_fast.Pruner`. Criteria that need the loss itself are refused.
+        **how: The other arguments of :class:`cpd_fast.Pruner`, e.g. of ``cpd_fast.presets.preset("published")``.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -46,6 +49,7 @@ class CPDTrainerCallback(TrainerCallback):
     def __init__(self, example_inputs: Any, target: Target, **how: Any) -> None:
         self._arguments, self._how = (example_inputs, target), how
         self.pruner: Pruner | None = None
+        self._replay: Replay | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -53,16 +57,12 @@ class CPDTrainerCallback(TrainerCallback):
         """Comb the model, and go on where the Trainer does.
 
         Raises:
-            ScoreError: If the criterion needs the loss, or the checkpoint that is resumed from holds no pruner.
+            ScoreError: If the checkpoint that is resumed from holds no pruner.
         """
         if self.pruner is None:
             self.pruner = Pruner(objects["model"], *self._arguments, **self._how)
             if self.pruner.criterion.data == "loss":
-                raise ScoreError(
-                    f"CPDTrainerCallback: {type(self.pruner.criterion).__name__} needs the loss itself, and a callback "
-                    "sees gradients only; use Taylor(), or a cpd.Pruner in a loop of your own: pruner.step(closure), "
-                    "or for HessianTrace pruner.backward(closure) in place of loss.backward()"
-                )
+                self._replay = Replay(self.pruner.model, _loss_of, "CPDTrainerCallback")
         if state.global_step:
             saved = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / STATE
             if not saved.exists():
@@ -72,9 +72,11 @@ class CPDTrainerCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Look at the gradients."""
+        """Look at the gradients or, where the criterion needs it, at the loss."""
         assert self.pruner is not None
-        self.pruner.step()
+        self.pruner.step(self._replay)
+        if self.pruner.done and self._replay is not None:
+            self._replay.stop()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
         """Put the pruner's state beside the Trainer's."""
@@ -91,4 +93,20 @@ class CPDTrainerCallback(TrainerCallback):
         """
         if self.pruner is None:
             raise RuntimeError("CPDTrainerCallback: nothing to compact before Trainer.train has started")
-        return self.pruner.compact()
+        with nullcontext() if self._replay is None else self._replay.paused():
+            return self.pruner.compact()
+
+
+def _loss_of(output: Any) -> Tensor:
+    """What the model itself says its loss is.
+
+    Raises:
+        ScoreError: If it says nothing: the Trainer works the loss out elsewhere.
+    """
+    loss = output.get("loss") if hasattr(output, "get") else None
+    if loss is None:
+        raise ScoreError(
+            "CPDTrainerCallback: the criterion needs the loss, and the model returned none: the Trainer computes it "
+            "elsewhere (label_smoothing_factor, compute_loss_func); let the model return it, or use Taylor()"
+        )
+    return loss

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from cpd_fast.errors import ScoreError
 from cpd_fast.pruner import Pruner
 from cpd_fast.types import Target
 
@@ -18,14 +20,15 @@ except ImportError as e:
 class CPDCallback(pl.Callback):
     """Scores every step and masks channels at the end of every interval; compacts on demand.
 
-    Works under automatic optimization, precision plugins (gradients are read unscaled) and DDP. Pruner state is part
-    of Lightning's checkpoints.
+    Works under automatic optimization, precision plugins (gradients are read unscaled) and DDP. A criterion that needs
+    the loss itself gets it from ``training_step``, called again for the last batch before a removal: in eval mode,
+    without autocast, and with nothing logged. Pruner state is part of Lightning's checkpoints.
 
     Args:
         example_inputs: What the network takes.
         target: What may remain.
         network: Name of the attribute of the LightningModule that is pruned; ``""`` is the module itself.
-        **how: The other arguments of :class:`cpd_fast.Pruner`. Criteria that need the loss itself are refused.
+        **how: The other arguments of :class:`cpd_fast.Pruner`, e.g. of ``cpd_fast.presets.preset("published")``.
 
     Raises:
         ImportError: If Lightning is not installed.
@@ -44,21 +47,33 @@ class CPDCallback(pl.Callback):
         self._network, self._how = network, how
         self.pruner: Pruner | None = None
         self._state: dict[str, Any] | None = None
+        self._batch: tuple[Any, ...] = ()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Comb the network, and go on from a checkpoint where there is one."""
         if self.pruner is None:
             network: nn.Module = pl_module.get_submodule(self._network)
             self.pruner = Pruner(network, *self._arguments, **self._how)
-            refuse_closures(self.pruner, "CPDCallback")
         if self._state is not None:
             self.pruner.load_state_dict(self._state)
             self._state = None
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the batch."""
+        self._batch = batch, batch_idx
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Forget it."""
+        self._batch = ()
+
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Look at the gradients that the optimizer is about to use; Lightning has unscaled them."""
         assert self.pruner is not None
-        self.pruner.step()
+        self.pruner.step(lambda: _loss_again(pl_module, *self._batch))
 
     def state_dict(self) -> dict[str, Any]:
         """For Lightning's checkpoint."""
@@ -79,18 +94,22 @@ class CPDCallback(pl.Callback):
         return self.pruner.compact()
 
 
-def refuse_closures(pruner: Pruner, owner: str) -> None:
-    """Hooks see gradients and no loss function.
+def _loss_again(module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
+    """What ``training_step`` returns for a batch; what it logs is dropped.
 
     Raises:
-        ScoreError: If the pruner's criterion needs the loss itself.
+        ScoreError: If it returns no loss.
     """
-    from cpd_fast.errors import ScoreError
-
-    if pruner.criterion.data == "loss":
+    silent: dict[str, Any] = dict.fromkeys(("log", "log_dict"), lambda *_, **__: None)
+    module.__dict__.update(silent)
+    try:
+        out = module.training_step(batch, batch_idx)
+    finally:
+        for name in silent:
+            del module.__dict__[name]
+    loss = out.get("loss") if isinstance(out, Mapping) else out
+    if not isinstance(loss, Tensor):
         raise ScoreError(
-            f"{owner}: {type(pruner.criterion).__name__} needs the loss itself, and a hook sees gradients only; use "
-            "Taylor(), or no callback: set automatic_optimization=False and let training_step call "
-            "pruner.step(closure) of a cpd.Pruner (HessianTrace: pruner.backward(closure) and pruner.step()) before "
-            "optimizer.step()"
+            f"CPDCallback: the criterion needs the loss, and training_step returned {type(loss).__name__}; use Taylor()"
         )
+    return loss

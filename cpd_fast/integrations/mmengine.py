@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import cpd_fast
-from cpd_fast.errors import ScoreError
+from cpd_fast.integrations._replay import Replay
 from cpd_fast.pruner import Pruner
 from cpd_fast.types import Target
 from cpd_fast.wrappers import unwrap
 
 try:
     from mmengine.hooks import Hook
-    from mmengine.optim import OptimWrapper
     from mmengine.registry import HOOKS
     from mmengine.runner import Runner
 except ImportError as e:
@@ -35,18 +34,19 @@ class CPDHook(Hook):
                              schedule=dict(type="Greedy", interval=50, steps=20))]
 
     Gradients are seen at the optimizer wrapper, after ``loss.backward()``: with accumulation the accumulated ones, with
-    ``AmpOptimWrapper`` unscaled ones. The model's tensor mode is what is combed and counted: of a segmentor backbone,
-    decode head and auxiliary head. The pruner's state is in every checkpoint, so a resumed run goes on with it;
-    ``compact()`` gives the smaller model.
+    ``AmpOptimWrapper`` unscaled ones. A criterion that needs the loss itself (``dict(type="HessianTrace")``, the
+    paper's) gets that of the last batch before a removal, in eval mode and without autocast. The model's tensor mode is
+    what is combed and counted: of a segmentor backbone, decode head and auxiliary head. The pruner's state is in every
+    checkpoint, so a resumed run goes on with it; ``compact()`` gives the smaller model.
 
     Args:
         input_shape: Of the example images, e.g. ``(1, 3, 512, 512)``.
         target: Fractions that remain, e.g. ``dict(macs=0.5)``.
-        criterion: ``dict(type="Taylor")`` or any other of cpd_fast that needs gradients or weights alone.
+        criterion: ``dict(type="Taylor")`` or any other of cpd_fast.
         schedule: ``dict(type="Greedy", interval=50, steps=10)`` or ``dict(type="OneGroup")``.
         ignore: Modules that keep their shapes; see :func:`cpd_fast.comb`.
         heads: Submodules that read the backbone's maps in training only; they are combed and cut along with the rest.
-        **options: Of :func:`cpd_fast.plan`, e.g. ``per_cost="macs"``.
+        **options: Other arguments of :class:`cpd_fast.Pruner`, e.g. ``per_cost="macs"`` or ``probe_every=10``.
 
     Raises:
         ImportError: If MMEngine is not installed.
@@ -71,14 +71,9 @@ class CPDHook(Hook):
         self.input_shape, self.target = tuple(input_shape), Target(**target)
         self.criterion = _build(criterion or {"type": "Taylor"})
         self.schedule = _build(schedule or {"type": "Greedy"})
-        if self.criterion.data == "loss":
-            raise ScoreError(
-                f"CPDHook: {type(self.criterion).__name__} needs the loss itself, and a hook sees gradients only; use "
-                "dict(type='Taylor'), or a cpd.Pruner in a loop of your own: pruner.step(closure), or for HessianTrace "
-                "pruner.backward(closure) in place of loss.backward()"
-            )
         self.ignore, self.heads, self.options = ignore, heads, options
         self.pruner: Pruner | None = None
+        self._replay: Replay | None = None
         self._saved: dict[str, Any] | None = None
 
     def before_train(self, runner: Runner) -> None:
@@ -93,7 +88,17 @@ class CPDHook(Hook):
             )
         if self._saved is not None:
             self.pruner.load_state_dict(self._saved)
-        _listen(runner.optim_wrapper, self.pruner)
+        if self.criterion.data == "loss":
+            parse: Any = model.parse_losses
+            self._replay = Replay(model, lambda losses: parse(losses)[0], "CPDHook")
+        runner.optim_wrapper.optimizer.register_step_pre_hook(self._step)
+
+    def _step(self, *_: Any) -> None:
+        """Step the pruner before each step of the optimizer, with the gradients that it will use."""
+        assert self.pruner is not None
+        self.pruner.step(self._replay)
+        if self.pruner.done and self._replay is not None:
+            self._replay.stop()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Keep the pruner's state of a checkpoint that training resumes from."""
@@ -115,7 +120,8 @@ class CPDHook(Hook):
         """
         if self.pruner is None:
             raise RuntimeError("CPDHook: nothing to compact before training has started")
-        with _all_outputs(self.pruner.model, self.heads):
+        paused = nullcontext() if self._replay is None else self._replay.paused()
+        with paused, _all_outputs(self.pruner.model, self.heads):
             small = self.pruner.compact()
         small.__class__ = type(self.pruner.model)
         return small
@@ -146,12 +152,3 @@ def _all_outputs(model: Any, heads: tuple[str, ...]) -> Iterator[None]:
 def _build(spec: Mapping[str, Any]) -> Any:
     kind = spec["type"]
     return getattr(cpd_fast, kind)(**{k: v for k, v in spec.items() if k != "type"})
-
-
-def _listen(wrapper: OptimWrapper, pruner: Pruner) -> None:
-    """Step the pruner before each step of the optimizer, with the gradients that it will use."""
-
-    def step(*_: Any) -> None:
-        pruner.step()
-
-    wrapper.optimizer.register_step_pre_hook(step)

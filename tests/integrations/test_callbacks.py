@@ -74,15 +74,64 @@ def test_lightning(pl, tmp_path):
     assert all(torch.equal(v, resumed.net.state_dict()[k]) for k, v in module.net.state_dict().items())
     with pytest.raises(RuntimeError, match="nothing to compact before Trainer.fit"):
         CPDCallback(X, cpd.Target(macs=0.5)).compact()
-    bad = CPDCallback(X, cpd.Target(macs=0.5), network="net", criterion=cpd.HessianTrace())
-    with pytest.raises(
-        ScoreError, match="CPDCallback: HessianTrace needs the loss itself.*automatic_optimization=False"
-    ):
-        bad.on_fit_start(None, Module())
+
+
+@pytest.mark.parametrize("returns", ["loss", "dict"])
+def test_lightning_gives_criteria_the_loss_of_the_last_batch(pl, tmp_path, monkeypatch, returns):
+    from cpd_fast.integrations import lightning as integration
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def training_step(self, batch, _):
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            modes.append(self.net.training)
+            self.log("loss", loss.detach())
+            return loss if returns == "loss" else {"loss": loss}
+
+        def log(self, name, value):
+            logged.append(value)
+            super().log(name, value)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    class Broken(Module):
+        def training_step(self, batch, index):
+            return super().training_step(batch, index) if self.net.training else None
+
+    def fit(module, criterion):
+        callback = CPDCallback(
+            X, cpd.Target(macs=0.5), "net", criterion=criterion, schedule=cpd.Greedy(interval=2, steps=3)
+        )
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = pl.Trainer(max_steps=6, callbacks=[callback], enable_checkpointing=False, **quiet)
+        trainer.fit(module, torch.utils.data.DataLoader(DATA, 6))
+        return callback
+
+    modes, logged, looked, again = [], [], [], integration._loss_again
+
+    def watched(module, batch, index):
+        looked.append((batch[1].tolist(), index))
+        return again(module, batch, index)
+
+    monkeypatch.setattr(integration, "_loss_again", watched)
+    CPDCallback = integration.CPDCallback
+    module = Module()
+    callback = fit(module, cpd.HessianTrace())
+    assert callback.pruner.done and callback.pruner.scores.criterion.startswith("HessianTrace")
+    labels = [y for _, y in DATA]
+    assert all(index in (1, 3) and batch == labels[6 * index : 6 * index + 6] for batch, index in looked)
+    assert len(logged) == modes.count(True) == 6 and False in modes
+    same_as_masked(module.net, callback.compact())
+    with pytest.raises(ScoreError, match="training_step returned NoneType; use Taylor"):
+        fit(Broken(), cpd.GroupFisher())
 
 
 def test_lightning_with_curvature_by_manual_optimization(pl, tmp_path):
-    """What the callback's refusal says to do."""
+    """A look at the very batch and mode of the training step, for one more forward and backward."""
 
     class Module(pl.LightningModule):
         automatic_optimization = False
@@ -130,7 +179,7 @@ def test_huggingface(tmp_path):
 
     rows = [{"pixel_values": x, "labels": y} for x, y in DATA]
 
-    def train(folder, steps, resume=False, **how):
+    def train(folder, steps, resume=False, loss=None, **how):
         torch.manual_seed(1)
         model = Wrapped()
         schedule = cpd.Greedy(interval=2, steps=3)
@@ -139,7 +188,9 @@ def test_huggingface(tmp_path):
             str(folder), max_steps=steps, per_device_train_batch_size=6, save_steps=3, use_cpu=True, report_to=[],
             disable_tqdm=True, lr_scheduler_type="constant", logging_strategy="no", seed=2,
         )  # fmt: skip
-        trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=rows, callbacks=[callback], compute_loss_func=loss
+        )
         trainer.train(resume_from_checkpoint=resume or None)
         return model, callback
 
@@ -153,8 +204,16 @@ def test_huggingface(tmp_path):
     (tmp_path / "halves" / "checkpoint-6" / "cpd_pruner.pt").unlink()
     with pytest.raises(ScoreError, match="cpd_pruner.pt is missing: this checkpoint was made without pruning"):
         train(tmp_path / "halves", 7, resume=True)
-    with pytest.raises(ScoreError, match="CPDTrainerCallback: GroupFisher needs the loss itself.*a loop of your own"):
-        train(tmp_path / "bad", 1, criterion=cpd.GroupFisher())
+    model, callback = train(tmp_path / "curved", 6, criterion=cpd.HessianTrace())
+    assert callback.pruner.done and callback.pruner.scores.criterion.startswith("HessianTrace")
+    assert callback._replay._call is None  # the last batch is let go
+    same_as_masked(model, callback.compact())
+
+    def elsewhere(logits, labels, num_items_in_batch=None):
+        return F.cross_entropy(logits, labels)
+
+    with pytest.raises(ScoreError, match="the model returned none.*compute_loss_func"):
+        train(tmp_path / "elsewhere", 2, loss=elsewhere, criterion=cpd.GroupFisher())
 
 
 def test_timm_script(tmp_path, monkeypatch, capsys):
