@@ -113,7 +113,9 @@ def test_real_network_meets_the_target_where_the_table_is_wrong(net, target, twi
 
     found = plan_for_latency(net[0], net[1], net[2], target, X, table=table, measure=measure, round_to=1)
     assert abs(found.measured_ms / found.goal_ms - 1) <= 0.05
-    assert found.plan == found.tries[-1].plan and len(found.tries) == len(drift) <= 6
+    assert len(found.tries) == len(drift) <= 6
+    assert abs(found.off) == min(abs(t.off) for t in found.tries)
+    assert abs(found.off) <= 0.02 or len(found.tries) >= 4
     if twist != 1.0:
         assert abs(found.tries[0].off) > 0.05  # the table alone would have missed
 
@@ -141,6 +143,24 @@ def test_widths_are_as_round_as_the_target_lets_them_be(net):
         tried = plan_for_latency(net[0], net[1], net[2], share, X, table=table_of(net), measure=measure, round_to=8)
         assert steps[share] == 8 or abs(tried.off) > 0.05
     assert 8 in steps.values() and min(steps.values()) < 8
+
+
+def test_what_is_just_allowed_is_narrowed_down(net):
+    """4 % above the target may be 8 % the next time; where plans come no closer it is taken all the same."""
+
+    def find(round_to):
+        share = []  # of the goal, a MAC; so that the first network is 4 % above it
+
+        def measure(small):
+            macs = cpd.cost(small, X).macs
+            share.append(1.04 / macs)
+            return 20.0, 10.0 * share[0] * macs
+
+        return plan_for_latency(net[0], net[1], net[2], 0.5, X, table=table_of(net), measure=measure, round_to=round_to)
+
+    found, coarse = find(1), find(16)
+    assert found.tries[0].off == pytest.approx(0.04) and abs(found.off) <= 0.02 and found.chosen > 0
+    assert coarse.off == pytest.approx(0.04) and coarse.chosen == 0
 
 
 def test_target_that_is_never_met_says_what_was_measured(net):
