@@ -28,7 +28,7 @@ class CPDTrainerCallback(TrainerCallback):
     """Scores every optimizer step and masks channels at the end of every interval; compacts on demand.
 
     Gradients are read before the optimizer steps, after clipping and unscaling. A criterion that needs the loss itself
-    gets the one that the model returns for the last batch before a removal, in eval mode and without autocast. The
+    gets the one that the model returns for the last batch before a removal, in eval mode. The
     pruner's state is written into every checkpoint folder of the Trainer and read from the one that it resumes from.
 
     Args:

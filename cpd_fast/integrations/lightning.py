@@ -22,7 +22,7 @@ class CPDCallback(pl.Callback):
 
     Works under automatic optimization, precision plugins (gradients are read unscaled) and DDP. A criterion that needs
     the loss itself gets it from ``training_step``, called again for the last batch before a removal: in eval mode,
-    without autocast, and with nothing logged. Pruner state is part of Lightning's checkpoints.
+    and with nothing logged. Pruner state is part of Lightning's checkpoints.
 
     Args:
         example_inputs: What the network takes.

@@ -35,7 +35,7 @@ class CPDHook(Hook):
 
     Gradients are seen at the optimizer wrapper, after ``loss.backward()``: with accumulation the accumulated ones, with
     ``AmpOptimWrapper`` unscaled ones. A criterion that needs the loss itself (``dict(type="HessianTrace")``, the
-    paper's) gets that of the last batch before a removal, in eval mode and without autocast. The model's tensor mode is
+    paper's) gets that of the last batch before a removal, in eval mode. The model's tensor mode is
     what is combed and counted: of a segmentor backbone, decode head and auxiliary head. The pruner's state is in every
     checkpoint, so a resumed run goes on with it; ``compact()`` gives the smaller model.
 
