@@ -2,7 +2,8 @@
 
 Groups that are tied shrink together and form one *unit*. A unit shrinks in *steps*: a step removes from every block
 of every group of the unit its lowest remaining channels, equally many from each. Steps of all units are ranked by
-what their channels are worth, and the fewest steps are taken, lowest first, that meet every limit of the target.
+what their channels are worth, and the fewest steps are taken, lowest first, that meet every limit of the target. Then
+steps are given back, highest first, where the limits still hold without them.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def plan(
 
     One threshold for the whole network (as HAP): channels of all groups are ranked together. Balance and ties are
     honoured by removing the lowest channel of every block at once, ranked by the *sum* of their scores; with
-    ``round_to > 1`` several at once, ranked by the mean of these sums. Equal inputs give equal plans: ties in rank go
+    ``round_to > 1`` several at once, ranked by the mean of these sums. What the last step saved beyond the target goes
+    to the highest-ranked ones that were taken, where they fit. Equal inputs give equal plans: ties in rank go
     to the group that comes first in the graph.
 
     Args:
@@ -111,25 +113,42 @@ def plan(
     steps = _rank(units)
     limits = _limits(graph, target, latency)
 
-    def taken(n: int) -> PrunePlan:
-        done = np.bincount(steps[:n], minlength=len(units))
+    def left(done: np.ndarray) -> PrunePlan:
         return _build(graph, [(u, u.counts[k]) for u, k in zip(units, done, strict=True)], start)
 
-    def holds(n: int) -> bool:
-        candidate = taken(n)
+    def holds(done: np.ndarray) -> bool:
+        candidate = left(done)
         cost = counter(graph).cost(graph.alive(candidate))
         return all(limit.holds(cost, candidate) for limit in limits)
 
-    low, high = -1, len(steps)  # holds(high) will be true, holds(low) false
-    if holds(0):
-        return taken(0)
-    if not holds(high):
-        raise PlanError(_unreachable(graph, limits, taken(high), round_to))
+    def lowest(n: int) -> np.ndarray:  # steps taken of each unit
+        return np.bincount(steps[:n], minlength=len(units))
+
+    low, high = -1, len(steps)  # lowest(high) will hold, lowest(low) will not
+    if holds(lowest(0)):
+        return left(lowest(0))
+    if not holds(lowest(high)):
+        raise PlanError(_unreachable(graph, limits, left(lowest(high)), round_to))
     low = 0
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return taken(high)
+        low, high = (low, middle) if holds(lowest(middle)) else (middle, high)
+    return left(_given_back(lowest(high), steps[:high], holds))
+
+
+def _given_back(done: np.ndarray, steps: np.ndarray, holds: Callable[[np.ndarray], bool]) -> np.ndarray:
+    """Undo steps, highest rank first, where the target holds without: the last one taken may save more than is due."""
+    done, is_open = done.copy(), done > 0
+    for unit in steps[::-1]:
+        if not is_open[unit]:
+            continue
+        done[unit] -= 1
+        if not holds(done):
+            done[unit] += 1
+            is_open[unit] = False
+            if not is_open.any():
+                break
+    return done
 
 
 def uniform_plan(

@@ -61,7 +61,7 @@ def test_equal_costs_exhaustive_search_finds_nothing_better(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_is_the_highest_feasible_threshold(seed):
+def test_is_the_highest_feasible_threshold_filled_up(seed):
     """Against trying every threshold on nets whose costs interact."""
     _, graph = mlp(widths=(5, 7, 6, 4, 3))
     scores = scores_of(graph, seed=seed)
@@ -75,8 +75,28 @@ def test_is_the_highest_feasible_threshold(seed):
             candidate = PrunePlan(kept, "hand")
             if plan_cost(graph, candidate).macs <= macs * plan_cost(graph).macs:
                 break
-        assert plan_cost(graph, made) == plan_cost(graph, candidate)
-        assert removed(graph, made) == removed(graph, candidate)
+        for _, g, c in reversed(ranked[:n]):  # what fits is given back, the highest first, a group from its top down
+            above = [s for s, other, k in ranked[:n] if other == g and k not in kept[g] and s > scores[g][c]]
+            more = PrunePlan({**kept, g: sorted({*kept[g], c})}, "hand")
+            if not above and plan_cost(graph, more).macs <= macs * plan_cost(graph).macs:
+                kept = dict(more)
+        assert plan_cost(graph, made) == plan_cost(graph, PrunePlan(kept, "hand"))
+        assert removed(graph, made) == removed(graph, PrunePlan(kept, "hand"))
+
+
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_nothing_that_was_removed_would_still_fit(round_to):
+    """One step of a wide layer saves much more than one of a narrow one, and the last one too much."""
+    _, graph = mlp(widths=(8, 64, 8, 32, 8))
+    for seed in range(6):
+        scores = scores_of(graph, seed=seed)
+        limit = 0.5 * plan_cost(graph).macs
+        made = plan(graph, scores, Target(macs=0.5), round_to)
+        assert plan_cost(graph, made).macs <= limit
+        for name, kept in made.items():
+            gone = sorted({*range(len(scores[name]))} - {*kept}, key=lambda c: -float(scores[name][c]))  # noqa: B023
+            more = PrunePlan({**made, name: sorted({*kept, *gone[:round_to]})}, "hand")
+            assert plan_cost(graph, more).macs > limit, (seed, name)
 
 
 @settings(max_examples=60, deadline=None)
