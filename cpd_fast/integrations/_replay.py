@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -31,7 +32,7 @@ class Replay:
         self._handle = self._model.register_forward_pre_hook(self._remember, with_kwargs=True)
 
     def _remember(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model.training:
+        if model.training and torch.is_grad_enabled():  # not while batch norm is re-estimated
             self._call = args, kwargs
 
     def __call__(self) -> Tensor:

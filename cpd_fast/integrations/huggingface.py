@@ -28,8 +28,8 @@ class CPDTrainerCallback(TrainerCallback):
     """Scores every optimizer step and masks channels at the end of every interval; compacts on demand.
 
     Gradients are read before the optimizer steps, after clipping and unscaling. A criterion that needs the loss itself
-    gets the one that the model returns for the last batch before a removal, in eval mode. The
-    pruner's state is written into every checkpoint folder of the Trainer and read from the one that it resumes from.
+    gets the one that the model returns for the last batch before a removal, in eval mode. The pruner's state is
+    written into every checkpoint folder of the Trainer and read from the one that it resumes from.
 
     Args:
         example_inputs: What the model takes: a tensor, a tuple or a dict.

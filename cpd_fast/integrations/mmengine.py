@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import cpd_fast
+from cpd_fast.errors import ScoreError
 from cpd_fast.integrations._replay import Replay
 from cpd_fast.pruner import Pruner
 from cpd_fast.types import Target
@@ -35,9 +37,9 @@ class CPDHook(Hook):
 
     Gradients are seen at the optimizer wrapper, after ``loss.backward()``: with accumulation the accumulated ones, with
     ``AmpOptimWrapper`` unscaled ones. A criterion that needs the loss itself (``dict(type="HessianTrace")``, the
-    paper's) gets that of the last batch before a removal, in eval mode. The model's tensor mode is
-    what is combed and counted: of a segmentor backbone, decode head and auxiliary head. The pruner's state is in every
-    checkpoint, so a resumed run goes on with it; ``compact()`` gives the smaller model.
+    paper's) gets that of the last batch before a removal, in eval mode. The model's tensor mode is what is combed and
+    counted: of a segmentor backbone, decode head and auxiliary head. The pruner's state is in every checkpoint, so a
+    resumed run goes on with it; ``compact()`` gives the smaller model.
 
     Args:
         input_shape: Of the example images, e.g. ``(1, 3, 512, 512)``.
@@ -89,8 +91,7 @@ class CPDHook(Hook):
         if self._saved is not None:
             self.pruner.load_state_dict(self._saved)
         if self.criterion.data == "loss":
-            parse: Any = model.parse_losses
-            self._replay = Replay(model, lambda losses: parse(losses)[0], "CPDHook")
+            self._replay = Replay(model, partial(_loss_of, model), "CPDHook")
         runner.optim_wrapper.optimizer.register_step_pre_hook(self._step)
 
     def _step(self, *_: Any) -> None:
@@ -147,6 +148,21 @@ def _all_outputs(model: Any, heads: tuple[str, ...]) -> Iterator[None]:
         yield
     finally:
         model.__class__ = own
+
+
+def _loss_of(model: Any, losses: Any) -> Tensor:
+    """The scalar that MMEngine trains on.
+
+    Raises:
+        ScoreError: If the model's last training call was not in mode ``loss``.
+    """
+    if not isinstance(losses, Mapping):
+        raise ScoreError(
+            "CPDHook: the criterion needs the loss, and what the model last returned in training is no dict of losses "
+            f"but {type(losses).__name__}; use criterion=dict(type='Taylor')"
+        )
+    loss: Tensor = model.parse_losses(losses)[0]
+    return loss
 
 
 def _build(spec: Mapping[str, Any]) -> Any:

@@ -7,6 +7,8 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 
+from cpd_fast.errors import ScoreError
+
 
 @pytest.fixture(scope="module")
 def mm():
@@ -171,6 +173,23 @@ def test_the_loss_looked_at_is_the_one_trained_on(squares, tmp_path, monkeypatch
     loss, names = looked[0]
     assert {"decode.loss_ce", "aux.loss_ce"} <= names
     assert loss.item() == pytest.approx(trained[-1][0].item(), rel=1e-4)
+
+
+def test_a_call_that_gives_no_losses_is_named(mm):
+    from cpd_fast.integrations._replay import Replay
+    from cpd_fast.integrations.mmengine import _loss_of
+
+    model = torch.nn.Linear(2, 2)
+    replay = Replay(model, lambda out: _loss_of(model, out), "CPDHook")
+    with pytest.raises(ScoreError, match="CPDHook.*not called in train mode"):
+        replay()
+    with torch.no_grad():
+        model(torch.zeros(1, 2))
+    with pytest.raises(ScoreError, match="not called in train mode"):
+        replay()
+    model(torch.zeros(1, 2))
+    with pytest.raises(ScoreError, match="no dict of losses but Tensor; use criterion"):
+        replay()
 
 
 def test_nothing_to_compact_before_training(mm):
