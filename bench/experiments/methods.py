@@ -90,14 +90,21 @@ def macs_of(model: nn.Module, picture: Tensor) -> int:
 
 
 class TorchPruning(Prune):
-    """Torch-Pruning's pruner, global and iterative, along the same cubic ramp to the same MACs.
+    """Torch-Pruning's pruner, iterative, along the same cubic ramp to the same MACs.
 
-    It replaces parameters, so the optimizer starts anew after every removal. Its Hessian importance is the mean
+    Over all layers at once, or ``per_layer``, its default: the same share of each. It replaces parameters, so the optimizer starts anew after every removal. Its Hessian importance is the mean
     square of the gradients of single pictures.
     """
 
     def __init__(
-        self, study: Study, model: nn.Module, optimizer: torch.optim.Optimizer, keep: float, events: int, hessian: bool
+        self,
+        study: Study,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        keep: float,
+        events: int,
+        hessian: bool,
+        per_layer: bool,
     ) -> None:
         import torch_pruning as tp
 
@@ -108,7 +115,7 @@ class TorchPruning(Prune):
             model,
             study.picture,
             importance=self.importance,
-            global_pruning=True,
+            global_pruning=not per_layer,
             pruning_ratio=0.95,
             iterative_steps=400,
             round_to=study.round_to,
@@ -189,5 +196,6 @@ def make(
             ),
         )
     if method.startswith("Torch-Pruning"):
-        return TorchPruning(study, model, optimizer, keep, events=10, hessian=method.endswith("hessian"))
+        hessian, per_layer = "hessian" in method, method.endswith("per layer")
+        return TorchPruning(study, model, optimizer, keep, events=10, hessian=hessian, per_layer=per_layer)
     return InLoop(study, model, optimizer, keep, execution=execution, **variants(study)[method])

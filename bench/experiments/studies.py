@@ -15,7 +15,10 @@ from cpd_fast.recipes.tasks import Task
 SEEDS = (0, 1, 2)
 ABLATED_AT = 0.3
 SHORT_EPOCH, EPOCH = 143, 429  # of Fashion-MNIST in batches of 128: a third of the pictures, all of them
-RIVALS = ("uniform width", "released", "Torch-Pruning taylor", "Torch-Pruning hessian")
+RIVALS = (
+    "uniform width", "released", "Torch-Pruning taylor", "Torch-Pruning hessian", "Torch-Pruning taylor, per layer",
+    "Torch-Pruning hessian, per layer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
