@@ -92,8 +92,9 @@ def macs_of(model: nn.Module, picture: Tensor) -> int:
 class TorchPruning(Prune):
     """Torch-Pruning's pruner, iterative, along the same cubic ramp to the same MACs.
 
-    Over all layers at once, or ``per_layer``, its default: the same share of each. It replaces parameters, so the optimizer starts anew after every removal. Its Hessian importance is the mean
-    square of the gradients of single pictures.
+    Over all layers at once, or ``per_layer``, its default: the same share of each. It replaces parameters, so the
+    optimizer starts anew after every removal. Its Hessian importance is the mean square of the gradients of single
+    pictures.
     """
 
     def __init__(
