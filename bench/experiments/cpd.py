@@ -250,6 +250,7 @@ def tables(folder: Path) -> None:
     path = ROOT / "bench/results/cpd.json"
     doc = json.loads(path.read_text())
     doc["torch"] = torch.__version__
+    doc["studies"] = {name: study for name, study in doc["studies"].items() if name in STUDIES}
     for name, study in STUDIES.items():
         if not (lines := read(folder / f"{name}.jsonl")):
             continue
