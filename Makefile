@@ -1,5 +1,6 @@
 # Everything needs only python3, a C++ compiler and pip. `make demo` runs the main job, `make test` the checks.
 # `make demo DATA=fashion-mnist` runs it for classification. PASSIVE: threads that wait leave the core to others.
+# `make test` shares the tests among WORKERS processes and draws the same random networks every time; pytest alone draws new ones.
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
@@ -11,7 +12,7 @@ demo: .venv/demo.ok
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/cpd-fast compress --demo $(if $(DATA),--data $(DATA))
 
 test: lint
-	$(BIN)/pytest -rs -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest -rs -n $(WORKERS) --dist worksteal --hypothesis-profile=ci
 
 lint: .venv/test.ok
 	$(BIN)/ruff check .
