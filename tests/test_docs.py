@@ -25,9 +25,9 @@ def blocks(page, language):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
-    for package in ("timm", "mmengine", "lightning", "accelerate"):
-        named = "transformers" if package == "accelerate" else package  # the Trainer needs it
-        if re.search(rf"^(import|from) {named}\b", page.read_text(), re.MULTILINE):
+    needs = {name: name for name in ("timm", "mmengine", "lightning")} | {"transformers": "accelerate"}  # its Trainer
+    for name, package in needs.items():
+        if re.search(rf"^(import|from) {name}\b", page.read_text(), re.MULTILINE):
             pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page.stem}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,31 +10,37 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cpd_fast.errors import ScoreError
+from cpd_fast.pruner import Pruner
 
 
 class Replay:
-    """Remembers what a model was last called with in train mode, and calls it so again.
+    """Steps a pruner; where its criterion needs the loss, by calling the model as it was last called in train mode.
 
     Args:
-        model: The model inside any wrapper.
+        pruner: Of the model inside any wrapper.
         loss_of: The scalar loss of what the model returns.
         owner: Who asks, for messages.
     """
 
-    def __init__(self, model: nn.Module, loss_of: Callable[[Any], Tensor], owner: str) -> None:
-        self._model, self._loss_of, self._owner = model, loss_of, owner
+    def __init__(self, pruner: Pruner, loss_of: Callable[[Any], Tensor], owner: str) -> None:
+        self._pruner, self._loss_of, self._owner = pruner, loss_of, owner
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._handle: RemovableHandle | None = None
         self._watch()
 
     def _watch(self) -> None:
-        self._handle = self._model.register_forward_pre_hook(self._remember, with_kwargs=True)
+        if self._pruner.criterion.data == "loss" and not self._pruner.done:
+            self._handle = self._pruner.model.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def _unwatch(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
 
     def _remember(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model.training and torch.is_grad_enabled():  # not while batch norm is re-estimated
             self._call = args, kwargs
 
-    def __call__(self) -> Tensor:
+    def loss(self) -> Tensor:
         """The loss of the last training batch (of several that accumulate, the last one), in the model's present mode.
 
         Raises:
@@ -47,23 +52,19 @@ class Replay:
                 "train mode; use Taylor()"
             )
         args, kwargs = self._call
-        return self._loss_of(self._model(*args, **kwargs))
+        return self._loss_of(self._pruner.model(*args, **kwargs))
 
-    def stop(self) -> None:
-        """Let go of the model and of the batch."""
-        self._call = None
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+    def step(self) -> None:
+        """Step the pruner; after its last removal let go of the model and of the batch."""
+        self._pruner.step(self.loss)
+        if self._pruner.done:
+            self._unwatch()
+            self._call = None
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside the block the model carries no hook, so that copies of it carry none."""
-        if self._handle is None:
-            yield
-            return
-        self._handle.remove()
+    def compact(self) -> nn.Module:
+        """What the pruner compacts; the copy carries no hook of this."""
+        self._unwatch()
         try:
-            yield
+            return self._pruner.compact()
         finally:
             self._watch()

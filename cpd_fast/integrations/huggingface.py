@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,7 @@ class CPDTrainerCallback(TrainerCallback):
         """
         if self.pruner is None:
             self.pruner = Pruner(objects["model"], *self._arguments, **self._how)
-            if self.pruner.criterion.data == "loss":
-                self._replay = Replay(self.pruner.model, _loss_of, "CPDTrainerCallback")
+            self._replay = Replay(self.pruner, _loss_of, "CPDTrainerCallback")
         if state.global_step:
             saved = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / STATE
             if not saved.exists():
@@ -73,10 +71,8 @@ class CPDTrainerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Look at the gradients or, where the criterion needs it, at the loss."""
-        assert self.pruner is not None
-        self.pruner.step(self._replay)
-        if self.pruner.done and self._replay is not None:
-            self._replay.stop()
+        assert self._replay is not None
+        self._replay.step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
         """Put the pruner's state beside the Trainer's."""
@@ -91,10 +87,9 @@ class CPDTrainerCallback(TrainerCallback):
         Raises:
             RuntimeError: Before training.
         """
-        if self.pruner is None:
+        if self._replay is None:
             raise RuntimeError("CPDTrainerCallback: nothing to compact before Trainer.train has started")
-        with nullcontext() if self._replay is None else self._replay.paused():
-            return self.pruner.compact()
+        return self._replay.compact()
 
 
 def _loss_of(output: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -90,16 +90,13 @@ class CPDHook(Hook):
             )
         if self._saved is not None:
             self.pruner.load_state_dict(self._saved)
-        if self.criterion.data == "loss":
-            self._replay = Replay(model, partial(_loss_of, model), "CPDHook")
+        self._replay = Replay(self.pruner, partial(_loss_of, model), "CPDHook")
         runner.optim_wrapper.optimizer.register_step_pre_hook(self._step)
 
     def _step(self, *_: Any) -> None:
         """Step the pruner before each step of the optimizer, with the gradients that it will use."""
-        assert self.pruner is not None
-        self.pruner.step(self._replay)
-        if self.pruner.done and self._replay is not None:
-            self._replay.stop()
+        assert self._replay is not None
+        self._replay.step()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Keep the pruner's state of a checkpoint that training resumes from."""
@@ -119,11 +116,10 @@ class CPDHook(Hook):
         Raises:
             RuntimeError: Before training.
         """
-        if self.pruner is None:
+        if self.pruner is None or self._replay is None:
             raise RuntimeError("CPDHook: nothing to compact before training has started")
-        paused = nullcontext() if self._replay is None else self._replay.paused()
-        with paused, _all_outputs(self.pruner.model, self.heads):
-            small = self.pruner.compact()
+        with _all_outputs(self.pruner.model, self.heads):
+            small = self._replay.compact()
         small.__class__ = type(self.pruner.model)
         return small
 

@@ -124,12 +124,11 @@ def plan(
     def lowest(n: int) -> np.ndarray:  # steps taken of each unit
         return np.bincount(steps[:n], minlength=len(units))
 
-    low, high = -1, len(steps)  # lowest(high) will hold, lowest(low) will not
-    if holds(lowest(0)):
-        return left(lowest(0))
+    low, high = 0, len(steps)  # lowest(high) holds, lowest(low) does not
+    if holds(lowest(low)):
+        return left(lowest(low))
     if not holds(lowest(high)):
         raise PlanError(_unreachable(graph, limits, left(lowest(high)), round_to))
-    low = 0
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(lowest(middle)) else (middle, high)

@@ -229,7 +229,7 @@ def _search(
         dense_ms, measured = measure(small)
         goal = target.latency_ms * (dense_ms if target.latency_ms <= 1 else 1.0)
         tries.append(Try(plan, table(plan), measured, dense_ms, goal))
-        if abs(tries[-1].off) <= CLOSE or (len(tries) >= CLOSE_TRIES and _is_near(tries)):
+        if abs(tries[-1].off) <= CLOSE or (len(tries) >= CLOSE_TRIES and any(abs(t.off) <= TOLERANCE for t in tries)):
             break
         if tries[-1].off > 0:
             slow = asked if slow is None else min(slow, asked)
@@ -240,10 +240,6 @@ def _search(
         known = slow is not None and fast is not None and fast < slow
         asked = (fast * slow) ** 0.5 if known else asked / (1 + tries[-1].off)  # type: ignore[operator]
     return _closest(tries)
-
-
-def _is_near(tries: list[Try]) -> bool:
-    return any(abs(t.off) <= TOLERANCE for t in tries)
 
 
 def _closest(tries: list[Try]) -> LatencyPlan:

@@ -7,6 +7,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 
+import cpd_fast as cpd
 from cpd_fast.errors import ScoreError
 
 
@@ -150,7 +151,7 @@ def test_the_loss_looked_at_is_the_one_trained_on(squares, tmp_path, monkeypatch
     from cpd_fast.integrations import _replay
 
     trained, looked = [], []
-    parse, call = BaseModel.parse_losses, _replay.Replay.__call__
+    parse, call = BaseModel.parse_losses, _replay.Replay.loss
 
     def parsed(self, losses):
         trained.append(parse(self, losses))
@@ -161,7 +162,7 @@ def test_the_loss_looked_at_is_the_one_trained_on(squares, tmp_path, monkeypatch
         return looked[-1][0]
 
     monkeypatch.setattr(BaseModel, "parse_losses", parsed)
-    monkeypatch.setattr(_replay.Replay, "__call__", replayed)
+    monkeypatch.setattr(_replay.Replay, "loss", replayed)
     norm = {"type": "BN", "requires_grad": True, "eps": 1e12}  # nothing but biases comes through in either mode
     train(
         tmp_path,
@@ -179,17 +180,18 @@ def test_a_call_that_gives_no_losses_is_named(mm):
     from cpd_fast.integrations._replay import Replay
     from cpd_fast.integrations.mmengine import _loss_of
 
-    model = torch.nn.Linear(2, 2)
-    replay = Replay(model, lambda out: _loss_of(model, out), "CPDHook")
+    model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    pruner = cpd.Pruner(model, torch.zeros(1, 2), cpd.Target(macs=0.9), cpd.HessianTrace())
+    replay = Replay(pruner, lambda out: _loss_of(model, out), "CPDHook")
     with pytest.raises(ScoreError, match="CPDHook.*not called in train mode"):
-        replay()
+        replay.loss()
     with torch.no_grad():
         model(torch.zeros(1, 2))
     with pytest.raises(ScoreError, match="not called in train mode"):
-        replay()
+        replay.loss()
     model(torch.zeros(1, 2))
     with pytest.raises(ScoreError, match="no dict of losses but Tensor; use criterion"):
-        replay()
+        replay.loss()
 
 
 def test_nothing_to_compact_before_training(mm):
